@@ -1,0 +1,38 @@
+# Every target works from a bare clone: the first one to run sets up .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: demo test bench lint format pair clean
+
+demo: .venv/.installed
+	$(BIN)/ugsd-fast demo --report demo-report.html
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# Regenerates the embedded pair, its data included, from seeds: about an hour on two cores.
+pair: .venv/.installed
+	$(PIP) install -q -c constraints.txt -r examples/embedded_pair/requirements.txt
+	$(BIN)/python -m examples.embedded_pair.run_all
+
+.venv/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch setuptools pybind11 ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,triton]'
+	touch $@
+
+clean:
+	rm -rf .venv build ugsd_fast.egg-info ugsd_fast/_C*.so

@@ -1,0 +1,68 @@
+"""Fused decoding kernels and uncertainty-guided speculative decoding for audio-language models.
+
+Names are imported on first use: ``import ugsd_fast`` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ugsd_fast.decoding import Decoder, Result, StreamEvent, UGSDConfig
+    from ugsd_fast.errors import (
+        AudioError,
+        ModelError,
+        UGSDError,
+        VerifierUnavailable,
+        VocabularyMismatchError,
+    )
+    from ugsd_fast.models import AudioLM
+    from ugsd_fast.ops import use_backend
+    from ugsd_fast.verifier import LocalVerifier
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AudioError": "errors",
+    "AudioLM": "models",
+    "Decoder": "decoding",
+    "LocalVerifier": "verifier",
+    "ModelError": "errors",
+    "Result": "decoding",
+    "StreamEvent": "decoding",
+    "UGSDConfig": "decoding",
+    "UGSDError": "errors",
+    "VerifierUnavailable": "errors",
+    "VocabularyMismatchError": "errors",
+    "use_backend": "ops",
+}
+_SUBMODULES = ("audio", "cache", "decoding", "demo", "kernels", "models", "ops", "reference", "verifier")
+
+__all__ = [
+    "AudioError",
+    "AudioLM",
+    "Decoder",
+    "LocalVerifier",
+    "ModelError",
+    "Result",
+    "StreamEvent",
+    "UGSDConfig",
+    "UGSDError",
+    "VerifierUnavailable",
+    "VocabularyMismatchError",
+    "__version__",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"ugsd_fast.{_HOME[name]}"), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"ugsd_fast.{name}")
+    raise AttributeError(f"module 'ugsd_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_SUBMODULES])

@@ -1,0 +1,248 @@
+"""A Hugging Face audio-language model with its processor: prepares inputs, opens sequences, decodes text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ugsd_fast.audio import Audio, load_audio
+from ugsd_fast.errors import AudioError, ModelError
+from ugsd_fast.models.families import FAMILIES, Family, family_of
+from ugsd_fast.models.processors import load_processor
+from ugsd_fast.models.sequence import CachedSequence
+
+DEFAULT_PROMPT = "Describe the emotion of the speaker and how it can be heard in the voice."
+
+
+class AudioLM:
+    """An audio-language model, as drafter or as verifier.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only model with a language-model head; it is put into eval mode.
+    processor : transformers.ProcessorMixin, optional
+        Makes model inputs of audio and prompt. Without one, only prepared inputs can be decoded, and ``result.text``
+        stays empty.
+
+    Raises
+    ------
+    ModelError
+        If the model is an encoder-decoder or keeps a recurrent state, which cannot be rolled back.
+
+    Examples
+    --------
+    >>> from ugsd_fast.demo import load_pair
+    >>> draft = load_pair().draft
+    >>> draft.vocab_size
+    800
+    """
+
+    def __init__(self, model: Any, processor: Any = None):
+        if getattr(model, "_is_stateful", False):
+            raise ModelError(
+                f"AudioLM: {type(model).__name__} keeps a recurrent state, expected a key/value cache "
+                "(rejected draft tokens cannot be taken back out of a recurrent state)"
+            )
+        if model.config.is_encoder_decoder:
+            raise ModelError(f"AudioLM: {type(model).__name__} is an encoder-decoder, expected a decoder-only model")
+        self.model = model.eval()
+        self.processor = processor
+        self.family: Family | None = family_of(model.config.model_type)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> AudioLM:
+        """Load a model and its processor from the Hugging Face hub, or from a folder in the same layout.
+
+        Parameters
+        ----------
+        name_or_path : str or path
+            Hub id, such as ``Qwen/Qwen2.5-Omni-3B``, or a folder.
+        dtype : str or torch.dtype, optional
+            Of the weights. By default what the checkpoint was saved in; on a CPU, float16 becomes float32, because a
+            CPU has no fast float16 matrix product.
+        device : str or torch.device, optional
+            Where the model runs; by default a GPU if there is one.
+        **kwargs
+            Passed on to transformers' ``from_pretrained`` (``attn_implementation``, ``revision``, ``device_map`` …).
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, it is damaged, or it is of a family that is not supported.
+        """
+        name = os.fspath(name_or_path)
+        target = torch.device(device) if device is not None else _default_device()
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        try:
+            config, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
+            if not config:
+                raise ModelError(f"cannot load model {name}: it has no config.json")
+            family = family_of(config.get("model_type", ""))
+            if family is None:
+                raise ModelError(
+                    f"{name}: model type is {config.get('model_type')!r}, expected one of "
+                    f"{', '.join(family.model_types[0] for family in FAMILIES)}"
+                )
+            model_class = getattr(transformers, family.model_class)
+            model, loading = model_class.from_pretrained(
+                name, dtype="auto" if dtype is None else dtype, output_loading_info=True, **kwargs
+            )
+            processor = load_processor(family, name, **hub)
+        except ModelError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"cannot load model {name}: the checkpoint has no {missing[0]} ({len(missing)} weights are missing), "
+                f"expected all weights of {family.model_class}"
+            )
+        if dtype is None and target.type == "cpu" and model.dtype == torch.float16:
+            model = model.float()
+        if "device_map" not in kwargs:
+            model = model.to(target)
+        return cls(model, processor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits, padding included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer, None without a processor."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a generation: the generation config's, or else the model's or the tokenizer's own."""
+        config = self.model.config
+        for owner in (
+            self.model.generation_config,
+            config,
+            config.get_text_config(decoder=True),
+            self.tokenizer,
+        ):
+            named = getattr(owner, "eos_token_id", None)
+            if named is not None:
+                return frozenset([named] if isinstance(named, int) else named)
+        return frozenset()
+
+    def prepare(self, audio: Any, prompt: str | None = None) -> dict[str, Tensor]:
+        """Model inputs for one clip and a prompt, through the model's own processor and chat template.
+
+        Parameters
+        ----------
+        audio : path, (array, rate) or Audio
+            What `ugsd_fast.audio.load_audio` reads; resampled to the model's rate.
+        prompt : str, optional
+            The instruction, `DEFAULT_PROMPT` if not given.
+
+        Returns
+        -------
+        dict of str to Tensor
+            ``input_ids`` [1, P], ``attention_mask`` [1, P] and the audio tensors of the family, on the model's device.
+
+        Raises
+        ------
+        AudioError
+            If the audio cannot be read, or is longer than the model's audio encoder takes.
+        ModelError
+            If the model has no processor, or its prompt has no room for the clip.
+        """
+        if self.processor is None or self.family is None:
+            raise ModelError(
+                f"AudioLM: {type(self.model).__name__} has no processor, expected one to caption audio "
+                "(pass prepared model inputs instead: generate(inputs=...))"
+            )
+        extractor = self.processor.feature_extractor
+        clip = load_audio(audio, rate=extractor.sampling_rate)
+        if self.family.cuts_audio:
+            self._check_duration(clip)
+        content = [{"type": "audio", "audio": clip.name}, {"type": "text", "text": prompt or DEFAULT_PROMPT}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = dict(
+            self.processor(
+                text=text,
+                audio=[clip.samples],
+                sampling_rate=extractor.sampling_rate,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+        )
+        self._check_placeholders(inputs)
+        if self.family.trims_features:
+            frames = int(inputs["feature_attention_mask"].sum(-1).max())
+            for name in ("input_features", "feature_attention_mask"):
+                inputs[name] = inputs[name][..., :frames]
+        return self.to_device(inputs)
+
+    def to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of `inputs` on the model's device, floating-point ones in the model's dtype."""
+        return {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+
+    def open(self, inputs: dict[str, Tensor]) -> CachedSequence:
+        """Start a sequence of its own on prepared inputs; nothing is computed yet."""
+        return CachedSequence(self.model, self.to_device(inputs))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _check_duration(self, clip: Audio) -> None:
+        longest = self.processor.feature_extractor.n_samples / clip.rate
+        if clip.duration > longest:
+            raise AudioError(
+                f"{clip.name}: audio is {clip.duration:.2f} s long, expected at most {longest:g} s "
+                f"(the window of {type(self.model).__name__}'s audio encoder)"
+            )
+
+    def _check_placeholders(self, inputs: dict[str, Any]) -> None:
+        assert self.family is not None
+        config = self.model.config
+        placeholders = int((inputs["input_ids"] == config.audio_token_id).sum())
+        frames = inputs["feature_attention_mask"].sum(-1).tolist()
+        features = sum(self.family.audio_tokens(config, count) for count in frames)
+        if placeholders != features or not placeholders:
+            raise ModelError(
+                f"AudioLM: the prompt has {placeholders} audio placeholders, expected {features} for {frames} frames"
+                f" (does the processor belong to {type(self.model).__name__}?)"
+            )
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

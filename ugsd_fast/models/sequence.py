@@ -1,0 +1,128 @@
+"""One request in one model: the prompt with its audio on the first forward, tokens after it, rollback in between."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ugsd_fast.cache import enable_rollback, rollback
+
+
+class CachedSequence:
+    """The key/value cache of one request, and the forward passes that fill it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only audio-language model in eval mode.
+    inputs : mapping of str to Tensor
+        Model inputs of the prompt: ``input_ids`` [B, P], optionally ``attention_mask`` [B, P] (left-padded), and the
+        audio tensors. These are given to the first forward only, so an audio tower runs once a request.
+
+    Attributes
+    ----------
+    length : int
+        Tokens in the cache, prompt included.
+    forwards : int
+        Forward passes so far.
+
+    Notes
+    -----
+    Position ids are always explicit and 2-D [B, q]: some families keep the last prompt's offset on the *model*, where
+    the next request would find it.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
+        self._model = model
+        self._prompt = dict(inputs)
+        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        mask = self._prompt.pop("attention_mask", None)
+        # [B, T] where rows are padded; without padding no step needs a mask.
+        self._mask = None if mask is None or bool(mask.all()) else mask.long()
+        self.length = 0
+        self.forwards = 0
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, *, keep: int | None = None) -> Tensor:
+        """Append tokens and return the logits of the last positions.
+
+        Parameters
+        ----------
+        tokens : LongTensor[B, q]
+            Token ids to append. The first forward puts the prompt before them, and there q may be 0.
+        keep : int, optional
+            Positions whose logits are returned, counted from the end. By default q, and q + 1 on the first forward,
+            where the prompt's last position predicts the first token.
+
+        Returns
+        -------
+        Tensor[B, keep, V]
+        """
+        first = self.length == 0
+        keep = tokens.shape[1] + first if keep is None else keep
+        ids, audio = tokens, {}
+        if first:
+            audio = self._prompt
+            ids = torch.cat([audio.pop("input_ids"), tokens], dim=1)
+        if self._mask is not None:
+            self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
+        with _last_logits(self._model, keep if first else 0) as extra:
+            logits = self._model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids) if first and self._mask is None else self._mask,
+                position_ids=self._position_ids(ids),
+                past_key_values=self._cache,
+                use_cache=True,
+                **audio,
+                **extra,
+            ).logits
+        if first:
+            audio.clear()
+            enable_rollback(self._cache)
+        self.length += ids.shape[1]
+        self.forwards += 1
+        return logits[:, logits.shape[1] - keep :]
+
+    def rollback(self, rejected: int) -> None:
+        """Forget the newest `rejected` tokens, in place."""
+        rollback(self._cache, rejected)
+        self.length -= rejected
+        if self._mask is not None:
+            self._mask = self._mask[:, : self.length]
+
+    def _position_ids(self, ids: Tensor) -> Tensor:
+        if self._mask is not None:
+            return (self._mask.cumsum(-1) - 1).clamp_(min=0)[:, self.length :]
+        positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
+        return positions.expand(ids.shape[0], -1)
+
+
+@contextmanager
+def _last_logits(model: Any, keep: int) -> Iterator[dict[str, int]]:
+    """Have the next forward compute the logits of the last `keep` positions only (0 = all).
+
+    A prompt of a thousand positions times 152064 columns is 600 MB of logits that nobody reads. Families whose forward
+    has ``logits_to_keep`` are asked; for the others, the input of the LM head is cut.
+    """
+    if not keep:
+        yield {}
+    elif "logits_to_keep" in inspect.signature(model.forward).parameters:
+        yield {"logits_to_keep": keep}
+    else:
+        thread = threading.get_ident()
+
+        def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return (args[0][:, -keep:],) if threading.get_ident() == thread else None
+
+        hook = model.get_output_embeddings().register_forward_pre_hook(cut)
+        try:
+            yield {}
+        finally:
+            hook.remove()

@@ -1,0 +1,83 @@
+"""What the decoding loop asks of a verifier, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ugsd_fast.decoding.config import UGSDConfig
+from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.trace import Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A verifier's judgement of one block.
+
+    Attributes
+    ----------
+    num_accepted : int
+        Draft tokens that stand, counted from the block's start.
+    next_token : int
+        The correction or bonus token that follows them; -1 where the block stands whole and no bonus was asked for.
+    """
+
+    num_accepted: int
+    next_token: int
+
+
+class VerifierSession(Protocol):
+    """One request at a verifier, which keeps its own prompt, audio and cache."""
+
+    forwards: int
+    traffic: Traffic
+
+    def verify(self, committed: Sequence[int], block: DraftBlock, *, bonus: bool) -> Verdict:
+        """Judge a block in one forward pass, over everything not seen before and the block.
+
+        Parameters
+        ----------
+        committed : sequence of int
+            Final tokens since the last call that the verifier does not know yet: those accepted without it. Its own
+            correction or bonus token is not among them.
+        block : DraftBlock
+            Draft tokens, possibly none: then the verdict's ``next_token`` is the verifier's own next token.
+        bonus : bool
+            Whether a block that stands whole is followed by a token of the verifier's.
+
+        Raises
+        ------
+        VerifierUnavailable
+            If no verdict could be had. The session stays as it was before the call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the session's cache."""
+        ...
+
+
+class Verifier(Protocol):
+    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network."""
+
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    tokenizer: Any
+
+    def open(
+        self,
+        config: UGSDConfig,
+        *,
+        audio: Any = None,
+        prompt: str | None = None,
+        inputs: Mapping[str, Tensor] | None,
+    ) -> VerifierSession:
+        """Start a session on audio and prompt, or on prepared inputs. Nothing is computed before the first block."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens."""
+        ...
