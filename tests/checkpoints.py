@@ -96,14 +96,13 @@ def _chat_template(audio: str, image: str, video: str, default_system: str) -> s
     """The part of the families' templates that text, audio, image and video messages exercise."""
     return (
         "{% set audio_count = namespace(value=0) %}{% for message in messages %}"
-        + default_system
-        + "<|im_start|>{{ message['role'] }}\n"
+        f"{default_system}<|im_start|>{{{{ message['role'] }}}}\n"
         "{% if message['content'] is string %}{{ message['content'] }}"
         "{% else %}{% for content in message['content'] %}"
-        "{% if content['type'] == 'image' or 'image' in content %}" + image + ""
+        f"{{% if content['type'] == 'image' or 'image' in content %}}{image}"
         "{% elif content['type'] == 'audio' or 'audio' in content or 'audio_url' in content %}"
-        "{% set audio_count.value = audio_count.value + 1 %}" + audio + ""
-        "{% elif content['type'] == 'video' or 'video' in content %}" + video + ""
+        f"{{% set audio_count.value = audio_count.value + 1 %}}{audio}"
+        f"{{% elif content['type'] == 'video' or 'video' in content %}}{video}"
         "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
         "{% endfor %}{% endif %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -6,7 +6,6 @@ import filecmp
 import functools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.processing_utils import ProcessorMixin
 
 from tests.checkpoints import BUILDERS, TEXT_TOKENS, build_qwen2_5_omni, copy_checkpoint
+from ugsd_fast.models.families import family_of
+from ugsd_fast.models.processors import load_processor
 
 FAMILIES = list(BUILDERS)
 OMNIS = ["qwen2_5_omni", "qwen3_omni"]
@@ -26,11 +26,6 @@ MODELS = {
     "qwen2_audio": transformers.Qwen2AudioForConditionalGeneration,
     "qwen2_5_omni": transformers.Qwen2_5OmniThinkerForConditionalGeneration,
     "qwen3_omni": transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
-}
-PROCESSORS = {
-    "qwen2_audio": transformers.Qwen2AudioProcessor,
-    "qwen2_5_omni": transformers.Qwen2_5OmniProcessor,
-    "qwen3_omni": transformers.Qwen3OmniMoeProcessor,
 }
 HUB_NAMES = {
     "qwen2_audio": {
@@ -64,25 +59,10 @@ RATE = 16_000
 TOLERANCE = 1e-4  # on logits whose spread is about 5
 
 
-def audio_only(processor_class: type) -> type:
-    """The processor of an Omni family without its image and video parts, which need torchvision."""
-
-    class AudioOnly(processor_class):  # type: ignore[misc, valid-type]
-        # transformers before 5.23 reads these of every call, images or not.
-        image_processor = video_processor = SimpleNamespace(merge_size=2, model_input_names=[])
-
-        def __init__(self, feature_extractor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-            ProcessorMixin.__init__(self, feature_extractor, tokenizer, chat_template=chat_template)
-            for kind in ("image", "audio", "video"):
-                setattr(self, f"{kind}_token", getattr(tokenizer, f"{kind}_token"))
-                setattr(self, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
-
-    return AudioOnly
-
-
-def load_processor(family: str, path: Path) -> Any:
-    processor_class = PROCESSORS[family]
-    return (audio_only(processor_class) if family in OMNIS else processor_class).from_pretrained(path)
+def processor_of(path: Path) -> Any:
+    family = family_of(json.loads((path / "config.json").read_text())["model_type"])
+    assert family is not None
+    return load_processor(family, str(path))
 
 
 def clip(seconds: float, seed: int = 0) -> np.ndarray:
@@ -143,7 +123,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(root: Path) -> Any:
     @functools.cache
     def load_once(family: str) -> tuple[Any, Any]:
-        return MODELS[family].from_pretrained(root / family).eval(), load_processor(family, root / family)
+        return MODELS[family].from_pretrained(root / family).eval(), processor_of(root / family)
 
     return load_once
 
@@ -157,8 +137,8 @@ def _no_grad() -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_loads(root: Path, family: str) -> None:
     model, info = MODELS[family].from_pretrained(root / family, output_loading_info=True)
-    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
-    # transformers before 5.23 names the other models' weights here
+    assert not any(info[kind] for kind in ("missing_keys", "mismatched_keys", "error_msgs"))
+    # transformers 5.17 lists the weights of talker and vocoder here, 5.23 nothing
     assert {name.split(".")[0] for name in info["unexpected_keys"]} <= {"talker", "token2wav", "code2wav"}
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 

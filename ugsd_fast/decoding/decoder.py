@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ugsd_fast.audio import load_audio
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter
 from ugsd_fast.decoding.text import IncrementalText
@@ -132,6 +133,9 @@ class Decoder:
         if max_new_tokens < 1:
             raise ValueError(f"Decoder: max_new_tokens is {max_new_tokens}, expected an integer >= 1")
         started = time.perf_counter()
+        if audio is not None:
+            limits = [side.max_audio_seconds for side in (self.draft, self.verifier) if side is not None]
+            audio = load_audio(audio, max_seconds=min((limit for limit in limits if limit is not None), default=None))
         drafter = self._open_drafter(audio, prompt, inputs)
         session = self._open_verifier(audio, prompt, verifier_inputs)
         return self._events(drafter, session, max_new_tokens, started)

@@ -11,8 +11,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ugsd_fast.audio import Audio, load_audio
-from ugsd_fast.errors import AudioError, ModelError
+from ugsd_fast.audio import load_audio
+from ugsd_fast.errors import ModelError
 from ugsd_fast.models.families import FAMILIES, Family, family_of
 from ugsd_fast.models.processors import load_processor
 from ugsd_fast.models.sequence import CachedSequence
@@ -148,6 +148,14 @@ class AudioLM:
                 return frozenset([named] if isinstance(named, int) else named)
         return frozenset()
 
+    @property
+    def max_audio_seconds(self) -> float | None:
+        """Length of the audio encoder's window, None where there is no such limit."""
+        if self.processor is None or self.family is None or not self.family.cuts_audio:
+            return None
+        extractor = self.processor.feature_extractor
+        return extractor.n_samples / extractor.sampling_rate
+
     def prepare(self, audio: Any, prompt: str | None = None) -> dict[str, Tensor]:
         """Model inputs for one clip and a prompt, through the model's own processor and chat template.
 
@@ -176,9 +184,7 @@ class AudioLM:
                 "(pass prepared model inputs instead: generate(inputs=...))"
             )
         extractor = self.processor.feature_extractor
-        clip = load_audio(audio, rate=extractor.sampling_rate)
-        if self.family.cuts_audio:
-            self._check_duration(clip)
+        clip = load_audio(audio, max_seconds=self.max_audio_seconds).resampled(extractor.sampling_rate)
         content = [{"type": "audio", "audio": clip.name}, {"type": "text", "text": prompt or DEFAULT_PROMPT}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -217,14 +223,6 @@ class AudioLM:
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _check_duration(self, clip: Audio) -> None:
-        longest = self.processor.feature_extractor.n_samples / clip.rate
-        if clip.duration > longest:
-            raise AudioError(
-                f"{clip.name}: audio is {clip.duration:.2f} s long, expected at most {longest:g} s "
-                f"(the window of {type(self.model).__name__}'s audio encoder)"
-            )
 
     def _check_placeholders(self, inputs: dict[str, Any]) -> None:
         assert self.family is not None

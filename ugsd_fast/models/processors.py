@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -37,6 +38,9 @@ def _without_vision(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
     """`processor_class` with feature extractor and tokenizer only: transformers reads the parts off the signature."""
 
     class SpeechProcessor(processor_class):  # type: ignore[misc,valid-type]
+        # transformers 5.17 reads these at every call, images or not.
+        image_processor = video_processor = SimpleNamespace(merge_size=2, model_input_names=[])
+
         def __init__(self, feature_extractor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
             ProcessorMixin.__init__(self, feature_extractor, tokenizer, chat_template=chat_template)
             for name in _TOKENS:

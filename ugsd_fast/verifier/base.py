@@ -64,7 +64,7 @@ class Verifier(Protocol):
     """A model that judges drafts: in this process (`LocalVerifier`) or behind a network."""
 
     eos_token_ids: frozenset[int]
-    vocab_size: int
+    max_audio_seconds: float | None
     tokenizer: Any
 
     def open(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class LocalVerifier:
     def __init__(self, model: AudioLM):
         self.model = model
         self.eos_token_ids = model.eos_token_ids
-        self.vocab_size = model.vocab_size
+        self.max_audio_seconds = model.max_audio_seconds
         self.tokenizer = model.tokenizer
 
     def open(
@@ -50,8 +50,11 @@ class LocalVerifier:
         inputs: Mapping[str, Tensor] | None = None,
     ) -> LocalSession:
         """Start a session on audio and prompt, or on prepared inputs; see `Verifier.open`."""
-        prepared = dict(inputs) if inputs is not None else self.model.prepare(audio, prompt)
-        return LocalSession(self.model, self.model.open(prepared), config)
+
+        def prepare() -> dict[str, Tensor]:
+            return dict(inputs) if inputs is not None else self.model.prepare(audio, prompt)
+
+        return LocalSession(self.model, prepare, config)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -59,11 +62,17 @@ class LocalVerifier:
 
 
 class LocalSession:
-    """One request at a `LocalVerifier`; see `VerifierSession`."""
+    """One request at a `LocalVerifier`; see `VerifierSession`.
 
-    def __init__(self, model: AudioLM, sequence: CachedSequence, config: UGSDConfig):
+    The prompt is prepared with the first block that is escalated: a request that the drafter settles alone costs the
+    verifier nothing.
+    """
+
+    def __init__(self, model: AudioLM, prepare: Callable[[], dict[str, Tensor]], config: UGSDConfig):
         self.traffic = Traffic()
-        self._sequence: CachedSequence | None = sequence
+        self._model = model
+        self._prepare: Callable[[], dict[str, Tensor]] | None = prepare
+        self._sequence: CachedSequence | None = None
         self._config = config
         self._device = model.device
         self._vocab_size = model.vocab_size
@@ -88,13 +97,15 @@ class LocalSession:
 
     def close(self) -> None:
         """Free the cache."""
-        self._sequence = None
+        self._prepare = self._sequence = None
         self._next_logits = None
 
     def _target_logits(self, pending: list[int], draft_tokens: Tensor) -> Tensor:
         """Logits [1, K + 1, V] of the block's K positions and the one behind it."""
-        if self._sequence is None:
+        if self._prepare is None:
             raise RuntimeError("verify: the session is closed, expected an open one")
+        if self._sequence is None:
+            self._sequence = self._model.open(self._prepare())
         known = self._next_logits if not pending else None
         fed = draft_tokens
         if pending:
