@@ -47,21 +47,21 @@ def greedy(model: AudioLM, audio: Any, tokens: int, *, prompt: str | None = None
 
 @contextmanager
 def counted_forwards(**models: AudioLM) -> Iterator[Counter[str]]:
-    """Counts calls of each model's language model and audio tower, and the tokens that the former was fed."""
+    """Counts forwards of each model and of its audio tower, and the tokens that the former was fed."""
     counts: Counter[str] = Counter()
     hooks = []
     for name, lm in models.items():
-        text_model = lm.model.model.language_model
 
         def count_text(_: Any, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
             counts[name] += 1
-            counts[f"{name}_tokens"] += kwargs["inputs_embeds"].shape[1]
+            counts[f"{name}_tokens"] += kwargs["input_ids"].shape[1]
 
         def count_audio(_: Any, args: Any, name: str = name) -> None:
             counts[f"{name}_audio"] += 1
 
-        hooks.append(text_model.register_forward_pre_hook(count_text, with_kwargs=True))
-        hooks.append(lm.model.model.audio_tower.register_forward_pre_hook(count_audio))
+        tower = next(module for path, module in lm.model.named_modules() if path.endswith("audio_tower"))
+        hooks.append(lm.model.register_forward_pre_hook(count_text, with_kwargs=True))
+        hooks.append(tower.register_forward_pre_hook(count_audio))
     try:
         yield counts
     finally:
