@@ -4,13 +4,24 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench lint format pair clean
+.PHONY: demo test test-asan test-arm bench lint format pair evaluate clean
 
 demo: .venv/.installed
 	$(BIN)/ugsd-fast demo --report demo-report.html
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q
+
+# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, no Python involved.
+test-asan:
+	$(MAKE) -C csrc/tests asan
+
+# The C++ tests cross-compiled for AArch64 and run under qemu-user; Debian: g++-aarch64-linux-gnu qemu-user.
+test-arm:
+	$(MAKE) -C csrc/tests arm
+
+bench: .venv/.installed
+	$(BIN)/python -m bench.run
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -27,6 +38,11 @@ format: .venv/.installed
 pair: .venv/.installed
 	$(PIP) install -q -c constraints.txt -r examples/embedded_pair/requirements.txt
 	$(BIN)/python -m examples.embedded_pair.run_all
+
+# Decodes the held-out splits anew with the shipped pair and rewrites its tables.
+evaluate: .venv/.installed
+	$(PIP) install -q -c constraints.txt -r examples/embedded_pair/requirements.txt
+	$(BIN)/python -m examples.embedded_pair.evaluate
 
 .venv/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

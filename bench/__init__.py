@@ -1,0 +1,1 @@
+"""Benchmarks: ``bench.kernels`` (one module an op), ``bench.decoding``, and ``bench.run``, which runs them all."""

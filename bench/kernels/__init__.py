@@ -1,0 +1,1 @@
+"""Microbenchmarks, one module an op: ``python -m bench.kernels.token_stats [--quick] [--threads N]``."""

@@ -1,0 +1,93 @@
+"""Runs every benchmark, each in a process of its own, writes ``bench/results/*.json`` and the reports made of them.
+
+``python -m bench.run [--quick] [--threads 1 2] [--ops token_stats …]``
+
+With ``--quick`` everything runs on tiny inputs and the results go to ``build/bench``: they measure nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import summary
+from bench.harness import SCHEMA, Row, machine, now
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+OPS = (
+    "token_stats",
+    "logprob_rank",
+    "filter_logits",
+    "sample",
+    "gate_block",
+    "accept_block",
+    "kv_compact",
+    "lm_head_stats",
+)
+
+
+def run_module(module: str, threads: int, quick: bool) -> Row:
+    """Run one benchmark in a fresh process and return what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, "-m", module, "--threads", str(threads), "--json", str(output)]
+        print(f"== {module}, {threads} thread{'s' * (threads > 1)}", flush=True)
+        subprocess.run([*command, *(["--quick"] if quick else [])], cwd=ROOT, check=True)
+        return json.loads(output.read_text())
+
+
+def run_kernels(ops: Sequence[str], threads: Sequence[int], quick: bool) -> Row:
+    """Run the kernels' benchmarks and return the content of ``kernels.json``."""
+    runs = [run_module(f"bench.kernels.{op}", count, quick) for count in threads for op in ops]
+    return {"schema": SCHEMA, "date": now(), "machine": machine(), "runs": runs}
+
+
+def merged(new: Row, path: Path) -> Row:
+    """Add to ``new`` the runs that an earlier file has of other ops, if they are of the same machine and versions."""
+    if not path.exists():
+        return new
+    old = json.loads(path.read_text())
+    if (old["schema"], old["machine"]) != (new["schema"], new["machine"]):
+        return new
+    done = {(run["op"], run["conditions"]["threads"]) for run in new["runs"]}
+    kept = [run for run in old["runs"] if (run["op"], run["conditions"]["threads"]) not in done]
+    runs = sorted(kept + new["runs"], key=lambda run: (run["conditions"]["threads"], OPS.index(run["op"])))
+    return {**new, "runs": runs}
+
+
+def write(path: Path, result: Row) -> None:
+    """Write a result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description="Run the benchmark suite.")
+    parser.add_argument("--quick", action="store_true", help="tiny inputs, few rounds: whether it runs, not how fast")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, metavar="N", help="default: 1 2")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
+    arguments = parser.parse_args()
+
+    start = time.monotonic()
+    threads = arguments.threads or ([1] if arguments.quick else [1, 2])
+    results = ROOT / "build" / "bench" if arguments.quick else RESULTS
+    kernels = run_kernels(arguments.ops, threads, arguments.quick)
+    write(results / "kernels.json", kernels if arguments.quick else merged(kernels, results / "kernels.json"))
+    write(results / "overhead.json", run_module("bench.decoding.overhead", 1, arguments.quick))
+    if arguments.quick:
+        summary.write(results, docs=results, readme=None)
+    else:
+        summary.write(results, docs=ROOT / "docs", readme=ROOT / "README.md")
+    print(f"== {time.monotonic() - start:.0f} s; results in {results.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

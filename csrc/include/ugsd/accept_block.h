@@ -1,0 +1,351 @@
+// accept_block: the accepted prefix of a drafted block and the token after it, under six rules (MATH).
+//
+// Acceptance is sequential: target rows are read up to the first rejection and no further. Beside them the sampling
+// rules read a draft row where its logsumexp is not given, and one row of each model for the residual. Positions
+// count from 0.
+#pragma once
+
+#include <type_traits>
+
+#include "ugsd/inverse_cdf.h"
+#include "ugsd/philox.h"
+#include "ugsd/token_stats.h"
+
+namespace ugsd {
+
+enum class Rule : int { kGreedy = 0, kRank = 1, kExact = 2, kBlock = 3, kTypical = 4, kRelaxed = 5 };
+
+struct AcceptBlockArgs {
+  Rows target;                   // [batch, block + 1, columns]
+  Rows draft;                    // [batch, block, columns]; data is null where the drafter was certain
+  const int64_t* tokens;         // [batch, block]
+  int64_t batch, block;
+  Rule rule;
+  const int64_t* lengths;        // [batch], or null
+  PerRow<double> limit, slack;   // (rank, -), (epsilon, delta), (top n, delta)
+  const float* draft_logsumexp;  // [batch, block], or null
+  bool bonus;
+  PerRow<int64_t> seed, offset;
+  const double* uniforms;        // [batch, block + 1] in place of the generator's, or null
+  int64_t* num_accepted;
+  int64_t* next_token;
+  float* accept_prob;            // [batch, block]
+  int threads;
+};
+
+namespace detail {
+
+// A softmax row: p(v) = exp(z_v - reference) * factor.
+struct Softmax {
+  float reference;
+  double factor;
+
+  UGSD_INLINE bool empty() const { return !(reference > -kInfinity); }
+  template <class T>
+  UGSD_INLINE double operator()(const T* z, int64_t column) const {
+    return empty() ? 0 : std::exp(static_cast<double>(logit(z, column)) - reference) * factor;
+  }
+};
+
+constexpr Softmax kUnread{0, -1};
+
+struct Verdict {
+  int64_t accepted, next;
+};
+
+// The work on one sequence; P is the element type of the verifier's logits. The drafter's may differ.
+template <class S, class P>
+class Acceptor {
+ public:
+  Acceptor(const AcceptBlockArgs& args, int64_t b, int threads)
+      : args_(args), b_(b), threads_(threads), columns_(args.target.columns), blocks_(blocks_of(columns_)) {
+    length_ = args.lengths ? args.lengths[b] : args.block;
+    length_ = length_ < 0 ? 0 : length_ > args.block ? args.block : length_;
+    sums_ = static_cast<BlockSums*>(scratch(2, static_cast<size_t>(blocks_) * (sizeof(BlockSums) + sizeof(double))));
+    masses_ = reinterpret_cast<double*>(sums_ + blocks_);
+    const auto rows = static_cast<size_t>(args.block + 1);
+    p_ = static_cast<Softmax*>(scratch(3, rows * (2 * sizeof(Softmax) + sizeof(double))));
+    q_ = p_ + rows;
+    weights_ = reinterpret_cast<double*>(q_ + rows);
+    for (size_t i = 0; i < rows; ++i) q_[i] = kUnread;
+    for (int64_t i = 0; i < args.block; ++i) args.accept_prob[b * args.block + i] = 0;
+  }
+
+  Verdict run() {
+    Verdict verdict = args_.rule == Rule::kExact   ? exact()
+                      : args_.rule == Rule::kBlock ? block()
+                                                   : prefix();
+    if (!args_.bonus && verdict.accepted == length_) verdict.next = -1;
+    return verdict;
+  }
+
+ private:
+  const P* target(int64_t i) const { return args_.target.template row<P>(b_ * (args_.block + 1) + i); }
+
+  // f(row i of the drafter's logits), in their own type.
+  template <class F>
+  auto with_draft(int64_t i, const F& f) const {
+    return with_dtype(args_.draft.dtype, [&](auto zero) {
+      return f(args_.draft.template row<decltype(zero)>(b_ * args_.block + i));
+    });
+  }
+
+  int64_t token(int64_t i) const { return args_.tokens[b_ * args_.block + i]; }
+  bool inside(int64_t i) const { return token(i) >= 0 && token(i) < columns_; }
+  float& accept_prob(int64_t i) const { return args_.accept_prob[b_ * args_.block + i]; }
+  bool wants_next(int64_t accepted) const { return args_.bonus || accepted < length_; }
+
+  double draw(int64_t i) const {
+    if (args_.uniforms) return args_.uniforms[b_ * (args_.block + 1) + i];
+    const Stream stream = i < args_.block ? Stream::kAccept : Stream::kResidual;
+    return uniform(args_.seed[b_], args_.offset[b_], b_, stream, i < args_.block ? i : 0);
+  }
+
+  // Calls f(j, first column, columns of it) for every block of a row.
+  template <class F>
+  void each_block(const F& f) const {
+    for_each_block(blocks_, threads_, [&](int64_t j) { f(j, j * kBlock, block_size(columns_, j)); });
+  }
+
+  // Block sums of a row into sums_, and its softmax.
+  template <Moment kMoment, class T>
+  Softmax softmax(const T* z) {
+    each_block([&](int64_t j, int64_t begin, int64_t n) { sums_[j] = block_sums<S, kMoment>(z + begin, n, 1.0f); });
+    const float max = sums_[top_block(sums_, blocks_)].max;
+    double mass = 0;
+    for (int64_t j = 0; j < blocks_; ++j) mass += weight_of(sums_[j], max, 1.0f) * sums_[j].mass;
+    return {max, 1 / mass};
+  }
+
+  // The drafter's softmax at position i, whose row is read once at most.
+  const Softmax& draft_softmax(int64_t i) {
+    if (q_[i].factor != kUnread.factor) return q_[i];
+    q_[i] = args_.draft_logsumexp ? Softmax{args_.draft_logsumexp[b_ * args_.block + i], 1}
+                                  : with_draft(i, [&](const auto* z) { return softmax<Moment::kSkip>(z); });
+    return q_[i];
+  }
+
+  int64_t argmax(int64_t i) {
+    const P* z = target(i);
+    each_block([&](int64_t j, int64_t begin, int64_t n) { sums_[j].max = block_max<S>(z + begin, n); });
+    const int64_t top = top_block(sums_, blocks_);
+    if (sums_[top].max == -kInfinity) return -1;
+    return top * kBlock + find_first<S>(z + top * kBlock, block_size(columns_, top), sums_[top].max);
+  }
+
+  int64_t rank(int64_t i) {
+    const P* z = target(i);
+    const float own = logit(z, token(i));
+    each_block([&](int64_t j, int64_t begin, int64_t n) {
+      masses_[j] = static_cast<double>(count_greater<S>(z + begin, n, own));
+    });
+    int64_t rank = 1;
+    for (int64_t j = 0; j < blocks_; ++j) rank += static_cast<int64_t>(masses_[j]);
+    return rank;
+  }
+
+  // The rules that draw nothing: a prefix passes, the argmax follows.
+  Verdict prefix() {
+    int64_t accepted = 0, best = -1;
+    for (; accepted < length_; ++accepted) {
+      const int64_t i = accepted;
+      if (args_.rule == Rule::kGreedy) {
+        best = argmax(i);
+        if (best < 0 || best != token(i)) return {accepted, best};
+      } else if (!inside(i) || logit(target(i), token(i)) == -kInfinity || !passes(i)) {
+        break;
+      }
+      accept_prob(i) = 1;
+    }
+    return {accepted, wants_next(accepted) ? argmax(accepted) : -1};
+  }
+
+  bool passes(int64_t i) {
+    const double limit = args_.limit[b_], slack = args_.slack[b_];
+    if (args_.rule != Rule::kTypical && !(static_cast<double>(rank(i)) <= limit)) return false;
+    if (args_.rule == Rule::kRank) return true;
+    const P* z = target(i);
+    if (args_.rule == Rule::kTypical) {
+      softmax<Moment::kSum>(z);
+      const RowStats stats = merge_blocks<S>(z, columns_, sums_, 1.0f);
+      const double p = std::exp(static_cast<double>(logit(z, token(i))) - stats.max) / stats.mass;
+      return p > std::fmin(limit, slack * std::exp(-stats.entropy));
+    }
+    const Softmax p = softmax<Moment::kSkip>(z);
+    return p(z, token(i)) >= p.factor - slack;  // the maximum has probability exp(0) * factor
+  }
+
+  // Reads the verifier's row i and returns p(x) / q(x), 0 for an impossible token.
+  double ratio(int64_t i) {
+    p_[i] = softmax<Moment::kSkip>(target(i));
+    const double p = inside(i) ? p_[i](target(i), token(i)) : 0;
+    if (!(p > 0) || !args_.draft.data) return p;
+    const Softmax& softmax = draft_softmax(i);
+    const double q = with_draft(i, [&](const auto* z) { return softmax(z, token(i)); });
+    return q > 0 ? p / q : 0;
+  }
+
+  Verdict exact() {
+    for (int64_t i = 0; i < length_; ++i) {
+      const double accept = std::fmin(1, ratio(i));
+      accept_prob(i) = static_cast<float>(accept);
+      if (draw(i) < accept) continue;
+      residual(i, 1);
+      return {i, draw_residual(i, 1)};
+    }
+    return {length_, wants_next(length_) ? bonus() : -1};
+  }
+
+  Verdict block() {
+    // A weight of 0 stays 0, and no row behind it can matter.
+    int64_t accepted = 0;
+    weights_[0] = 1;
+    for (; accepted < length_ && weights_[accepted] > 0; ++accepted)
+      weights_[accepted + 1] = std::fmin(1, weights_[accepted] * ratio(accepted));
+    // Scanned from the right: the last prefix whose uniform is under h is kept.
+    for (;; --accepted) {
+      const double w = weights_[accepted];
+      const double s = accepted < length_ && w > 0 ? residual(accepted, w) : 0;
+      if (accepted == 0) break;
+      const double h = accepted == length_ ? w : s + 1 - w > 0 ? s / (s + 1 - w) : 1;
+      accept_prob(accepted - 1) = static_cast<float>(h);
+      if (draw(accepted - 1) < h) break;
+    }
+    for (int64_t i = 0; i + 1 < accepted; ++i) accept_prob(i) = 1;
+    if (accepted < length_) return {accepted, draw_residual(accepted, weights_[accepted])};
+    return {accepted, wants_next(accepted) ? bonus() : -1};
+  }
+
+  int64_t bonus() {
+    softmax<Moment::kSkip>(target(length_));
+    return draw_token<S>(target(length_), columns_, sums_, 1.0f, draw(args_.block));
+  }
+
+  // max(0, w p - q) of columns first, first + 1, ... of one row; q is null for a certain drafter.
+  template <class Q>
+  class Residual {
+   public:
+    Residual(const P* p, const Q* q, double w, const Softmax& p_softmax, const Softmax& q_softmax, int64_t token)
+        : p_(p),
+          q_(q),
+          token_(token),
+          p_reference_(S::set(p_softmax.reference)),
+          p_factor_(S::set(static_cast<float>(w * p_softmax.factor))),
+          q_reference_(S::set(q_softmax.empty() ? 0 : q_softmax.reference)),
+          q_factor_(S::set(q_softmax.empty() ? 0 : static_cast<float>(q_softmax.factor))) {}
+
+    typename S::Float operator()(int64_t first, int64_t end) const {
+      const int n = static_cast<int>(end - first);
+      const auto p = S::mul(mass(p_ + first, n, p_reference_), p_factor_);
+      if (!q_) return without_token(p, first);
+      const auto q = S::mul(mass(q_ + first, n, q_reference_), q_factor_);
+      return S::max(S::sub(p, q), S::set(0));
+    }
+
+   private:
+    template <class T>
+    typename S::Float mass(const T* z, int n, typename S::Float reference) const {
+      const auto lowest = S::set(simd::kLowest);
+      const auto d = S::sub(S::min(S::set(kLargest), S::load_partial(z, n, -kInfinity)), reference);
+      return S::select(S::greater(d, lowest), exp_(S::max(d, lowest)), S::set(0));
+    }
+    // A certain drafter's q is 1 at its token: nothing of p is left there.
+    typename S::Float without_token(typename S::Float p, int64_t first) const {
+      if (token_ < first || token_ >= first + S::kLanes) return p;
+      alignas(64) float lanes[S::kLanes];
+      S::store(lanes, p);
+      lanes[token_ - first] = 0;
+      return S::load(static_cast<const float*>(lanes));
+    }
+
+    const P* p_;
+    const Q* q_;
+    int64_t token_;
+    typename S::Float p_reference_, p_factor_, q_reference_, q_factor_;
+    typename S::Exp exp_{1.0f};
+  };
+
+  // f(the residual of row i)
+  template <class F>
+  auto with_residual(int64_t i, double w, const F& f) {
+    if (!args_.draft.data)
+      return f(Residual<float>(target(i), nullptr, w, p_[i], Softmax{0, 0}, token(i)));
+    const Softmax& q = draft_softmax(i);
+    return with_draft(i, [&](const auto* z) {
+      return f(Residual<std::decay_t<decltype(*z)>>(target(i), z, w, p_[i], q, token(i)));
+    });
+  }
+
+  // Residual mass of row i by block into masses_, and its sum.
+  double residual(int64_t i, double w) {
+    for (int64_t j = 0; j < blocks_; ++j) masses_[j] = 0;
+    if (p_[i].empty()) return 0;
+    with_residual(i, w, [&](const auto& r) {
+      each_block([&](int64_t j, int64_t begin, int64_t n) {
+        auto even = S::set(0), odd = even;
+        const int64_t end = begin + n;
+        int64_t v = begin;
+        for (; v + S::kLanes < end; v += 2 * S::kLanes) {
+          even = S::add(even, r(v, end));
+          odd = S::add(odd, r(v + S::kLanes, end));
+        }
+        if (v < end) even = S::add(even, r(v, end));
+        masses_[j] = S::sum(S::add(even, odd));
+      });
+    });
+    double total = 0;
+    for (int64_t j = 0; j < blocks_; ++j) total += masses_[j];
+    return total;
+  }
+
+  // Draws from the residual whose block masses are in masses_.
+  int64_t draw_residual(int64_t i, double w) {
+    const double u = draw(args_.block);
+    const BlockDraw drawn = draw_block(blocks_, u, [&](int64_t j) { return masses_[j]; });
+    if (drawn.block < 0) {
+      // p = q leaves no residual; only rounding can have rejected, and p is then the law to draw from.
+      softmax<Moment::kSkip>(target(i));
+      return draw_token<S>(target(i), columns_, sums_, 1.0f, u);
+    }
+    const int64_t begin = drawn.block * kBlock, n = block_size(columns_, drawn.block);
+    return begin + with_residual(i, w, [&](const auto& r) {
+             return draw_column<S>(n, drawn.left, [&](int64_t k) { return r(begin + k, begin + n); });
+           });
+  }
+
+  const AcceptBlockArgs& args_;
+  int64_t b_;
+  int threads_;
+  int64_t columns_, blocks_, length_;
+  BlockSums* sums_;  // of the row read last, and its residual masses
+  double* masses_;
+  Softmax *p_, *q_;  // by position
+  double* weights_;  // w of the block rule, by prefix length
+};
+
+template <class S, class P>
+void accept_block(const AcceptBlockArgs& args) {
+  const auto accept = [&](int64_t b, int threads) {
+    const Verdict verdict = Acceptor<S, P>(args, b, threads).run();
+    args.num_accepted[b] = verdict.accepted;
+    args.next_token[b] = verdict.next;
+  };
+  // Sequences go to threads when there are enough of them, else the blocks of each row do.
+  const int threads = useful_threads(args.batch * (args.block + 1) * args.target.columns, args.threads);
+  if (args.batch < threads || threads == 1) {
+    const int inner = useful_threads(args.target.columns, threads);
+    for (int64_t b = 0; b < args.batch; ++b) accept(b, inner);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t b = 0; b < args.batch; ++b) accept(b, 1);
+  }
+}
+
+}  // namespace detail
+
+template <class S>
+void accept_block(const AcceptBlockArgs& args) {
+  with_dtype(args.target.dtype, [&](auto zero) { detail::accept_block<S, decltype(zero)>(args); });
+}
+
+}  // namespace ugsd

@@ -1,0 +1,183 @@
+// Maxima and exponential sums of a stretch of columns: what every softmax op is built of.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "ugsd/simd/scalar.h"
+#include "ugsd/types.h"
+
+namespace ugsd::detail {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+// Sums of one block of columns; d = z - max, e = exp(d / T).
+struct BlockSums {
+  double mass;    // sum of e
+  double moment;  // sum of d e
+  float max;      // -inf where every column is masked
+};
+
+enum class Moment { kSkip, kSum };
+
+// 1 / T, where T = 0, the greedy limit, reads as 1.
+static inline float inverse_temperature(float t) { return t > 0 ? 1.0f / t : 1.0f; }
+
+static inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+
+static inline int64_t block_size(int64_t columns, int64_t block) {
+  const int64_t left = columns - block * kBlock;
+  return left < kBlock ? left : kBlock;
+}
+
+// One logit as all ops read it: NaN is masked, +inf is the largest number.
+template <class T>
+UGSD_INLINE float logit(const T* z, int64_t column) {
+  const float x = simd::to_float(z[column]);
+  return x > kLargest ? kLargest : x == x ? x : -kInfinity;
+}
+
+// Calls pair(a, b) on the columns in any order, two vectors at a time; lanes past the end hold -inf.
+template <class S, class T, class Pair>
+void for_pairs(const T* z, int64_t n, const Pair& pair) {
+  typename S::Float a, b;
+  int64_t i = 0;
+  for (; i + 2 * S::kLanes <= n; i += 2 * S::kLanes) {
+    S::load_pair(z + i, a, b);
+    pair(a, b);
+  }
+  for (; i < n; i += S::kLanes)
+    pair(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), S::set(-kInfinity));
+}
+
+template <class S, class T>
+float block_max(const T* z, int64_t n) {
+  using F = typename S::Float;
+  constexpr int kStep = 2 * S::kLanes;
+  F m0 = S::set(-kInfinity), m1 = m0, m2 = m0, m3 = m0, a, b;
+  int64_t i = 0;
+  for (; i + 2 * kStep <= n; i += 2 * kStep) {
+    S::load_pair(z + i, a, b);
+    m0 = S::max(a, m0);
+    m1 = S::max(b, m1);
+    S::load_pair(z + i + kStep, a, b);
+    m2 = S::max(a, m2);
+    m3 = S::max(b, m3);
+  }
+  for (; i < n; i += S::kLanes) m0 = S::max(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), m0);
+  const float m = S::maximum(S::max(S::max(m0, m1), S::max(m2, m3)));
+  return m < kLargest ? m : kLargest;
+}
+
+enum class Pass { kKnownMax, kFindMax };
+
+// Adds e and d e of the columns to the sums, d = z - reference. A known maximum is the reference, or is over it by
+// nothing; kFindMax takes any reference near the maximum and returns what that turned out to be.
+template <class S, Moment kMoment, Pass kPass = Pass::kKnownMax, class T>
+float add_sums(const T* z, int64_t n, float reference, float scale, double& mass, double& moment) {
+  using F = typename S::Float;
+  const typename S::Exp exp(scale);
+  const F from = S::set(reference), lowest = S::set(simd::kLowest / scale), largest = S::set(kLargest);
+  F mass0 = S::set(0), mass1 = mass0, moment0 = mass0, moment1 = mass0;
+  F max0 = S::set(-kInfinity), max1 = max0, a, b;
+  const auto add = [&](F x, F& total, F& weighted, F& max) {
+    if (kPass == Pass::kFindMax)
+      max = S::max(x, max);
+    else
+      x = S::min(largest, x);
+    const F d = S::max(S::sub(x, from), lowest);  // NaN and -inf end here, with nothing left to add
+    const F e = exp(d);
+    total = S::add(total, e);
+    if (kMoment == Moment::kSum) weighted = S::fma(d, e, weighted);
+  };
+  constexpr int kStep = 2 * S::kLanes;
+  // A lane adds 128 numbers in float32 at most before they move to float64.
+  constexpr int64_t kStretch = 256 * S::kLanes;
+  const auto flush = [&] {
+    mass += S::sum(S::add(mass0, mass1));
+    if (kMoment == Moment::kSum) moment += S::sum(S::add(moment0, moment1));
+    mass0 = mass1 = moment0 = moment1 = S::set(0);
+  };
+  int64_t i = 0;
+  while (i + 2 * kStep <= n) {
+    const int64_t end = n - i < kStretch ? n : i + kStretch;
+    for (; i + 2 * kStep <= end; i += 2 * kStep) {
+      S::load_pair(z + i, a, b);
+      add(a, mass0, moment0, max0);
+      add(b, mass1, moment1, max1);
+      S::load_pair(z + i + kStep, a, b);
+      add(a, mass0, moment0, max0);
+      add(b, mass1, moment1, max1);
+    }
+    flush();
+  }
+  for (; i < n; i += S::kLanes)
+    add(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), mass0, moment0, max0);
+  flush();
+  return S::maximum(S::max(max0, max1));
+}
+
+// The sums of a block in one pass, relative to a guess of its maximum, and moved to the maximum after. Only a block
+// whose first columns tell too little is read again.
+template <class S, Moment kMoment, class T>
+BlockSums block_sums(const T* z, int64_t n, float scale) {
+  constexpr int64_t kGuessed = 128;
+  constexpr double kNear = 8;  // nats: far from overflow, and the moment loses under a digit by the move
+  if (n > kGuessed) {
+    const float guess = block_max<S>(z, kGuessed);
+    BlockSums sums{0, 0, 0};
+    sums.max = add_sums<S, kMoment, Pass::kFindMax>(z, n, guess, scale, sums.mass, sums.moment);
+    const double shift = static_cast<double>(guess) - sums.max;
+    if (-shift * scale < kNear && sums.max < kLargest) {
+      const double weight = std::exp(shift * scale);
+      sums.moment = weight * (sums.moment + shift * sums.mass);
+      sums.mass *= weight;
+      return sums;
+    }
+  }
+  BlockSums sums{0, 0, block_max<S>(z, n)};
+  if (sums.max > -kInfinity) add_sums<S, kMoment>(z, n, sums.max, scale, sums.mass, sums.moment);
+  return sums;
+}
+
+// First column that equals `value`; n if there is none.
+template <class S, class T>
+int64_t find_first(const T* z, int64_t n, float value) {
+  const auto wanted = S::set(value), largest = S::set(kLargest);
+  for (int64_t i = 0; i < n; i += S::kLanes) {
+    const auto x = S::min(largest, S::load_partial(z + i, static_cast<int>(n - i), -kInfinity));
+    if (const uint32_t hit = S::bits(S::equal(x, wanted))) return i + __builtin_ctz(hit);
+  }
+  return n;
+}
+
+// Columns larger than `value`.
+template <class S, class T>
+int64_t count_greater(const T* z, int64_t n, float value) {
+  using F = typename S::Float;
+  // A logit of +inf reads as the largest number, so nothing is over that.
+  const F v = S::set(value < kLargest ? value : kInfinity), one = S::set(1);
+  F count0 = S::set(0), count1 = count0;
+  for_pairs<S>(z, n, [&](F a, F b) {
+    count0 = S::add_where(S::greater(a, v), count0, one);
+    count1 = S::add_where(S::greater(b, v), count1, one);
+  });
+  return static_cast<int64_t>(S::sum(S::add(count0, count1)));
+}
+
+// The block that holds the row's maximum: the first of equals.
+static inline int64_t top_block(const BlockSums* blocks, int64_t count) {
+  int64_t top = 0;
+  for (int64_t j = 1; j < count; ++j)
+    if (blocks[j].max > blocks[top].max) top = j;
+  return top;
+}
+
+// Mass of a block relative to the row's maximum.
+static inline double weight_of(const BlockSums& block, float max, float scale) {
+  if (block.max == -kInfinity) return 0;
+  return std::exp((static_cast<double>(block.max) - max) * scale);
+}
+
+}  // namespace ugsd::detail

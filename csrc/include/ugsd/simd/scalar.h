@@ -1,0 +1,111 @@
+// One lane, plain C++: the portable instruction set and the plainest statement of what the others must compute.
+#pragma once
+
+#include <cstring>
+
+#include "ugsd/types.h"
+
+namespace ugsd::simd {
+
+static inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline float to_float(float x) { return x; }
+
+static inline float to_float(bfloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+
+static inline float to_float(float16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000u | magnitude << 13);
+  // The exponent is rebiased by a multiplication, which also normalises subnormals.
+  return bits_to_float(sign | magnitude << 13) * 0x1p112f;
+}
+
+// 2^r on [-1/2, 1/2], relative error 9.2e-8, exactly 1 at 0.
+constexpr float kExp2[5] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+constexpr float kLog2E = 0x1.715476p+0f;
+
+// Exponents are clamped here: e^-87 is the smallest normal float32, and nothing beside a maximum of 1.
+constexpr float kLowest = -87.0f;
+
+struct Scalar {
+  static constexpr int kLanes = 1;
+  using Float = float;
+  using Mask = bool;
+
+  static Float set(float x) { return x; }
+
+  template <class T>
+  static Float load(const T* p) {
+    return to_float(*p);
+  }
+
+  // Lanes from `n` on hold `fill`.
+  template <class T>
+  static Float load_partial(const T* p, int n, float fill) {
+    return n > 0 ? to_float(*p) : fill;
+  }
+
+  // 2 * kLanes elements in any order, for sums and maxima.
+  template <class T>
+  static void load_pair(const T* p, Float& a, Float& b) {
+    a = to_float(p[0]);
+    b = to_float(p[1]);
+  }
+
+  static void store(float* p, Float x) { *p = x; }
+  static void store_partial(float* p, Float x, int n) {
+    if (n > 0) *p = x;
+  }
+
+  static Float add(Float a, Float b) { return a + b; }
+  static Float sub(Float a, Float b) { return a - b; }
+  static Float mul(Float a, Float b) { return a * b; }
+  static Float div(Float a, Float b) { return a / b; }
+  static Float fma(Float a, Float b, Float c) { return a * b + c; }
+
+  // The second operand where either is NaN.
+  static Float max(Float a, Float b) { return a > b ? a : b; }
+  static Float min(Float a, Float b) { return a < b ? a : b; }
+
+  static Mask greater(Float a, Float b) { return a > b; }
+  static Mask greater_equal(Float a, Float b) { return a >= b; }
+  static Mask equal(Float a, Float b) { return a == b; }
+  static Float select(Mask m, Float yes, Float no) { return m ? yes : no; }
+  static Float add_where(Mask m, Float a, Float b) { return m ? a + b : a; }
+  static uint32_t bits(Mask m) { return m; }
+
+  // Writes the lanes of `m` next to each other; up to kLanes places of `out` may be overwritten.
+  static int compress(float* out, Mask m, Float x) {
+    *out = x;
+    return m;
+  }
+  // The same for the lanes' column numbers `first`, `first + 1`, ...
+  static int compress_columns(int32_t* out, Mask m, int32_t first) {
+    *out = first;
+    return m;
+  }
+
+  static double sum(Float x) { return x; }
+  static float maximum(Float x) { return x; }
+
+  // e^(d * scale) for d * scale in [kLowest, 0].
+  struct Exp {
+    explicit Exp(float scale) : scale_(scale * kLog2E) {}
+    Float operator()(Float d) const {
+      const float y = d * scale_, n = (y + 0x1.8p23f) - 0x1.8p23f, r = y - n;  // n: nearest integer
+      float p = kExp2[4];
+      for (int i = 3; i >= 0; --i) p = p * r + kExp2[i];
+      const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+      return (p * r + 1.0f) * bits_to_float(exponent);
+    }
+
+   private:
+    float scale_;
+  };
+};
+
+}  // namespace ugsd::simd

@@ -1,0 +1,349 @@
+// The ops on every instruction set that this machine runs, against float64 loops written the obvious way. Buffers are
+// exactly as large as the data, so that a sanitizer sees any access past them. Prints what failed; exits 1 then.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "ugsd/kernels.h"
+
+using namespace ugsd;
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+const int64_t kSizes[] = {1, 2, 15, 17, 63, 1000, 4095, 4096, 4097, 9001};
+
+int failures = 0, checks = 0;
+std::string context;
+
+void expect(bool ok, const char* what) {
+  ++checks;
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED %s: %s\n", context.c_str(), what);
+}
+
+bool close(double got, double wanted, double tolerance = 3e-6) {
+  if (got == wanted) return true;
+  return std::fabs(got - wanted) <= tolerance * std::max(1.0, std::fabs(wanted));
+}
+
+std::mt19937 random_bits{12345};
+
+float normal() { return std::normal_distribution<float>(0, 3)(random_bits); }
+
+double unit() { return std::uniform_real_distribution<double>(0, 1)(random_bits); }
+
+template <class T>
+T narrow(float x);
+template <>
+float narrow<float>(float x) {
+  return x;
+}
+template <>
+bfloat16 narrow<bfloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+template <>
+float16 narrow<float16>(float x) {  // by truncation, without subnormals: inputs need no more
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest >= 0x7f800000) return {static_cast<uint16_t>(sign | 0x7c00 | (rest > 0x7f800000 ? 1 : 0))};
+  if (rest < 0x38800000) return {static_cast<uint16_t>(sign)};
+  return {static_cast<uint16_t>(sign | (rest - 0x38000000) >> 13)};
+}
+
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::kFloat32;
+}
+template <>
+constexpr DType dtype_of<bfloat16>() {
+  return DType::kBFloat16;
+}
+template <>
+constexpr DType dtype_of<float16>() {
+  return DType::kFloat16;
+}
+
+// Rows in one exact allocation; `kind` chooses what is special about them.
+template <class T>
+std::vector<T> make_logits(int64_t count, int kind) {
+  std::vector<T> z(static_cast<size_t>(count));
+  for (auto& x : z) {
+    float value = normal();
+    if (kind == 1 && unit() < 0.5) value = -kInf;
+    if (kind == 2 && unit() < 0.2) value = std::nanf("");
+    if (kind == 3) value = std::round(value);
+    if (kind == 4) value = -kInf;
+    x = narrow<T>(value);
+  }
+  return z;
+}
+
+template <class T>
+Rows rows_of(const std::vector<T>& z, int64_t rows, int64_t columns) {
+  return {z.data(), dtype_of<T>(), 1, rows, 0, columns, columns};
+}
+
+struct Stats {
+  std::vector<float> logsumexp, entropy, max_logit, margin;
+  std::vector<int64_t> argmax;
+
+  explicit Stats(int64_t rows)
+      : logsumexp(rows, NAN), entropy(rows, NAN), max_logit(rows, NAN), margin(rows, NAN), argmax(rows, -7) {}
+  StatsOut out() {
+    return {logsumexp.data(), entropy.data(), max_logit.data(), argmax.data(), margin.data()};
+  }
+};
+
+// One row, by definition.
+struct Naive {
+  double logsumexp = -kInf, entropy = 0, max = -kInf, second = -kInf;
+  int64_t argmax = -1;
+
+  template <class Z>
+  Naive(const Z& z, int64_t n, double temperature) {
+    for (int64_t i = 0; i < n; ++i) {
+      const double s = z(i) / temperature;
+      if (!(s > -kInf)) continue;
+      if (s > max) {
+        second = max;
+        max = s;
+        argmax = i;
+      } else {
+        second = std::max(second, s);
+      }
+    }
+    if (argmax < 0) return;
+    double mass = 0, moment = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double s = z(i) / temperature;
+      if (i == argmax || !(s > -kInf)) continue;
+      mass += std::exp(s - max);
+      moment += (s - max) * std::exp(s - max);
+    }
+    logsumexp = max + std::log1p(mass);
+    entropy = std::log1p(mass) - moment / (1 + mass);
+  }
+};
+
+void check_stats(const Stats& got, int64_t r, const Naive& wanted, double tolerance) {
+  expect(got.argmax[r] == wanted.argmax, "argmax");
+  expect(close(got.logsumexp[r], wanted.logsumexp, tolerance), "logsumexp");
+  expect(close(got.entropy[r], wanted.entropy, tolerance), "entropy");
+  expect(close(got.max_logit[r], wanted.max, tolerance), "max_logit");
+  if (wanted.argmax >= 0 && wanted.second > -kInf)
+    expect(close(got.margin[r], wanted.max - wanted.second, tolerance), "margin");
+}
+
+template <class T>
+void test_rows(const Kernels& kernels, int64_t columns, int kind) {
+  const int64_t rows = 3;
+  const std::vector<T> z = make_logits<T>(rows * columns, kind);
+  const Rows logits = rows_of(z, rows, columns);
+  const auto value = [&](int64_t r) { return [&, r](int64_t i) { return double(detail::logit(z.data() + r * columns, i)); }; };
+  const std::vector<float> temperatures = {1.0f, 0.5f, 0.0f};
+
+  Stats stats(rows);
+  kernels.token_stats({logits, {0, temperatures.data()}, stats.out(), 1});
+  std::vector<Naive> naive;
+  for (int64_t r = 0; r < rows; ++r) {
+    naive.emplace_back(value(r), columns, temperatures[r] > 0 ? temperatures[r] : 1.0);
+    check_stats(stats, r, naive.back(), 3e-6);
+  }
+
+  const std::vector<int64_t> tokens = {columns / 2, columns, -1};
+  std::vector<float> logprob(rows, NAN);
+  std::vector<int64_t> rank(rows, -7);
+  for (const float* logsumexp : {static_cast<const float*>(nullptr), static_cast<const float*>(stats.logsumexp.data())}) {
+    kernels.logprob_rank({logits, tokens.data(), {0, temperatures.data()}, logsumexp, logprob.data(), rank.data(), 1});
+    const double own = value(0)(tokens[0]);
+    int64_t wanted = 1;
+    for (int64_t i = 0; i < columns; ++i) wanted += value(0)(i) > own;
+    expect(rank[0] == wanted, "rank");
+    expect(rank[1] == columns + 1 && rank[2] == columns + 1, "rank of an impossible token");
+    expect(own > -kInf ? close(logprob[0], own - naive[0].logsumexp) : logprob[0] == -kInf, "logprob");
+    expect(logprob[1] == -kInf && logprob[2] == -kInf, "logprob of an impossible token");
+  }
+
+  for (const int64_t top_k : {0, 1, 20}) {
+    for (const float top_p : {1.0f, 0.7f, 0.0f}) {
+      for (const float min_p : {0.0f, 0.05f}) {
+        const Filters filters{{top_k, nullptr}, {top_p, nullptr}, {min_p, nullptr}};
+        std::vector<float> out(static_cast<size_t>(rows * columns), NAN);
+        kernels.filter_logits({logits, {0, temperatures.data()}, filters, out.data(), 1});
+        for (int64_t r = 0; r < rows; ++r) {
+          // A threshold: what is kept is larger than what is cut, and the maximum is kept.
+          double lowest_kept = kInf, highest_cut = -kInf;
+          int64_t kept = 0;
+          for (int64_t i = 0; i < columns; ++i) {
+            const float got = out[r * columns + i];
+            if (got > -kInf) {
+              ++kept;
+              lowest_kept = std::min(lowest_kept, value(r)(i));
+            } else if (r < 2) {
+              highest_cut = std::max(highest_cut, value(r)(i));
+            }
+          }
+          expect(naive[r].argmax < 0 ? kept == 0 : out[r * columns + naive[r].argmax] > -kInf, "the maximum is kept");
+          expect(kept == 0 || lowest_kept > highest_cut, "a threshold");
+          if (r == 2) expect(kept <= 1, "temperature 0 keeps one");
+        }
+        Stats drawn(rows);
+        std::vector<int64_t> chosen(rows, -7);
+        kernels.sample({logits, {0, temperatures.data()}, filters, {99, nullptr}, {1, nullptr}, chosen.data(),
+                        logprob.data(), drawn.out(), 1});
+        for (int64_t r = 0; r < rows; ++r) {
+          check_stats(drawn, r, naive[r], 3e-6);
+          expect(chosen[r] < 0 ? naive[r].argmax < 0 : out[r * columns + chosen[r]] > -kInf, "a kept token is drawn");
+        }
+      }
+    }
+  }
+}
+
+template <class P, class Q>
+void test_accept(const Kernels& kernels, const Kernels& scalar, int64_t columns, int64_t block, int kind) {
+  const int64_t batch = 4;
+  const std::vector<P> target = make_logits<P>(batch * (block + 1) * columns, kind);
+  std::vector<Q> draft(static_cast<size_t>(batch * block * columns));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < block * columns; ++i)
+      draft[b * block * columns + i] = narrow<Q>(simd::to_float(target[b * (block + 1) * columns + i]) + 0.3f * normal());
+  std::vector<int64_t> tokens(static_cast<size_t>(batch * block)), lengths(batch);
+  for (auto& token : tokens) token = static_cast<int64_t>(unit() * double(columns + 2)) - 1;
+  for (auto& length : lengths) length = static_cast<int64_t>(unit() * double(block + 1));
+  std::vector<double> uniforms(static_cast<size_t>(batch * (block + 1)));
+  for (auto& u : uniforms) u = unit() < 0.3 ? 0 : unit();
+  for (int rule = 0; rule < 6; ++rule) {
+    for (const bool certain : {false, true}) {
+      Rows drafted = rows_of(draft, batch * block, columns);
+      if (certain) drafted.data = nullptr;
+      std::vector<int64_t> accepted[2], next[2];
+      std::vector<float> probability[2];
+      for (int k = 0; k < 2; ++k) {
+        accepted[k].assign(batch, -7);
+        next[k].assign(batch, -7);
+        probability[k].assign(static_cast<size_t>(batch * block), NAN);
+        (k ? scalar : kernels)
+            .accept_block({rows_of(target, batch * (block + 1), columns), drafted, tokens.data(), batch, block,
+                           static_cast<Rule>(rule), lengths.data(), {10, nullptr}, {0.5, nullptr}, nullptr, true,
+                           {5, nullptr}, {6, nullptr}, uniforms.data(), accepted[k].data(), next[k].data(),
+                           probability[k].data(), 1});
+      }
+      for (int64_t b = 0; b < batch; ++b) {
+        expect(accepted[0][b] == accepted[1][b], "accepted as the scalar kernel");
+        expect(accepted[0][b] >= 0 && accepted[0][b] <= lengths[b], "accepted within the block");
+        expect(next[0][b] >= -1 && next[0][b] < columns, "a token follows");
+        if (rule != int(Rule::kExact) && rule != int(Rule::kBlock))
+          expect(next[0][b] == next[1][b], "next as the scalar kernel");
+        for (int64_t i = 0; i < block; ++i)
+          expect(close(probability[0][b * block + i], probability[1][b * block + i], 1e-4), "acceptance probability");
+      }
+    }
+  }
+}
+
+template <class T>
+void test_head(const Kernels& kernels, int64_t vocabulary, int64_t width, int64_t rows) {
+  const std::vector<T> hidden = make_logits<T>(rows * width, 0), weight = make_logits<T>(vocabulary * width, 0),
+                       bias = make_logits<T>(vocabulary, 0);
+  Stats stats(rows);
+  kernels.lm_head_stats({rows_of(hidden, rows, width), rows_of(weight, vocabulary, width), bias.data(), {1, nullptr},
+                         stats.out(), 1});
+  for (int64_t r = 0; r < rows; ++r) {
+    const Naive wanted(
+        [&](int64_t v) {
+          double sum = simd::to_float(bias[v]);
+          for (int64_t i = 0; i < width; ++i)
+            sum += double(simd::to_float(weight[v * width + i])) * simd::to_float(hidden[r * width + i]);
+          return sum;
+        },
+        vocabulary, 1);
+    check_stats(stats, r, wanted, 1e-4);
+  }
+}
+
+void test_kv(bool mask, Align align, bool contiguous) {
+  const int64_t batch = 3, heads = 2, slots = 37, width = 5, pad = contiguous ? 0 : 3;
+  const size_t size = static_cast<size_t>(batch * heads * slots * (width + pad));
+  std::vector<char> data(size), before;
+  for (auto& byte : data) byte = static_cast<char>(random_bits());
+  before = data;
+  const KvTensor kv{data.data(), heads, heads * slots * (width + pad), slots * (width + pad), width + pad, width};
+  std::vector<char> keep(static_cast<size_t>(batch * slots));
+  std::vector<int64_t> lengths(batch), kept(batch, -7);
+  for (auto& k : keep) k = unit() < 0.6;
+  for (auto& length : lengths) length = static_cast<int64_t>(unit() * double(slots + 1));
+  kv_compact({&kv, 1, batch, slots, mask ? reinterpret_cast<const bool*>(keep.data()) : nullptr, slots, lengths.data(),
+              align, kept.data(), 1});
+  for (int64_t b = 0; b < batch; ++b) {
+    std::vector<int64_t> sources;
+    for (int64_t t = 0; t < slots; ++t)
+      if (mask ? keep[b * slots + t] : t < lengths[b]) sources.push_back(t);
+    expect(kept[b] == static_cast<int64_t>(sources.size()), "kept slots");
+    const int64_t first = align == Align::kLeft ? 0 : slots - kept[b];
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t i = 0; i < kept[b]; ++i) {
+        const int64_t base = b * kv.batch_stride + head * kv.head_stride;
+        expect(!std::memcmp(&data[base + (first + i) * kv.slot_stride], &before[base + sources[i] * kv.slot_stride],
+                            width),
+               "a slot's bytes");
+      }
+  }
+}
+
+void test_philox() {
+  const uint32_t counter[4] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344};
+  const Philox got = philox4x32(counter, 0xa4093822, 0x299f31d0);
+  const uint32_t wanted[4] = {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1};
+  expect(!std::memcmp(got.words, wanted, sizeof wanted), "philox known answer");
+}
+
+template <class T>
+void test_dtype(const Kernels& kernels, const char* dtype) {
+  const Kernels& scalar = *kernels_of("scalar");
+  for (const int64_t columns : kSizes) {
+    for (int kind = 0; kind < 5; ++kind) {
+      context = std::string(kernels.isa) + " " + dtype + " V=" + std::to_string(columns) + " kind " + std::to_string(kind);
+      test_rows<T>(kernels, columns, kind);
+    }
+    for (const int64_t block : {0, 1, 4}) {
+      test_accept<T, float>(kernels, scalar, columns, block, 0);
+      test_accept<T, bfloat16>(kernels, scalar, columns, block, 3);
+    }
+  }
+  for (const int64_t width : {1, 31, 64, 100})
+    for (const int64_t rows : {1, 3, 7}) {
+      context = std::string(kernels.isa) + " " + dtype + " head width " + std::to_string(width);
+      test_head<T>(kernels, 4099, width, rows);
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_philox();
+  for (const bool mask : {false, true})
+    for (const Align align : {Align::kLeft, Align::kRight})
+      for (const bool contiguous : {false, true}) test_kv(mask, align, contiguous);
+  for (const char* const* isa = isas(); *isa; ++isa) {
+    const Kernels& kernels = *kernels_of(*isa);
+    test_dtype<float>(kernels, "float32");
+    test_dtype<bfloat16>(kernels, "bfloat16");
+    test_dtype<float16>(kernels, "float16");
+    std::printf("%s: %d checks, %d failures\n", *isa, checks, failures);
+  }
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,120 @@
+"""``filter_logits``: temperature, top-k, top-p and min-p; the logits of the distribution that `sample` draws from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ugsd_fast import reference
+from ugsd_fast.ops import native
+from ugsd_fast.ops.backend import extension, register, run
+from ugsd_fast.ops.checks import check_logits, number_or_rows
+
+def filter_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Tensor:
+    """Return ``logits / temperature`` with -inf where a filter cuts.
+
+    The filters act in the order temperature, top-k, top-p, min-p, each on what the one before left. They are
+    thresholds on the logit, so tied columns share their fate, and the largest always stays.
+
+    Parameters
+    ----------
+    logits
+        ``[..., V]``, float32, bfloat16 or float16; rows may be strided.
+    temperature
+        Number, or tensor that broadcasts to the rows. At 0 the lowest argmax alone stays.
+    top_k
+        Keep the ``top_k`` largest; 0 keeps all.
+    top_p
+        Keep the smallest set of the most probable tokens with at least this mass; 1 keeps all.
+    min_p
+        Keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
+
+    Returns
+    -------
+    Tensor
+        ``[..., V]`` float32 whatever the input's dtype: rounding ``logits / temperature`` to 16 bits would change
+        the distribution, and acceptance must be given exactly the one that was sampled.
+
+    Raises
+    ------
+    ValueError
+        If a dtype, shape, stride, device or filter setting does not fit.
+
+    Examples
+    --------
+    >>> import torch, ugsd_fast.ops as ops
+    >>> ops.filter_logits(torch.tensor([[1.0, 3.0, 2.0]]), top_k=2)
+    tensor([[-inf, 3., 2.]])
+    """
+    check_logits("filter_logits", "logits", logits)
+    settings = check_filters("filter_logits", logits, temperature, top_k, top_p, min_p)
+    return run("filter_logits", _op, logits, *settings)
+
+
+def check_filters(
+    op: str,
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+) -> tuple[float, Tensor | None, int, Tensor | None, float, Tensor | None, float, Tensor | None]:
+    """Check and split the four settings: a number and a tensor a row (or None) each."""
+    shape = logits.shape[:-1]
+    t, t_rows = number_or_rows(op, "temperature", temperature, logits, shape, low=0.0)
+    k, k_rows = number_or_rows(op, "top_k", top_k, logits, shape, low=0, dtype=torch.int64)
+    p, p_rows = number_or_rows(op, "top_p", top_p, logits, shape, low=0.0)
+    m, m_rows = number_or_rows(op, "min_p", min_p, logits, shape, low=0.0)
+    return t, t_rows, int(k), k_rows, p, p_rows, m, m_rows
+
+
+def merge(*settings: float | Tensor | None) -> tuple[float | Tensor, ...]:
+    """Undo the split: take the tensor of each pair where there is one, else the number."""
+    pairs = zip(settings[::2], settings[1::2], strict=True)
+    return tuple(number if rows is None else rows for number, rows in pairs)
+
+
+def _fake(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+    return torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+
+
+def _reference(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+    return reference.filter_logits(logits, *merge(*settings)).float()
+
+
+def addresses(
+    settings: tuple[float | Tensor | None, ...], dtypes: tuple[torch.dtype, ...]
+) -> tuple[list[float], list[Tensor | None]]:
+    """Return the settings with each row tensor as an address, and the tensors to hold meanwhile."""
+    tensors = [native.flat(rows, dtype) for rows, dtype in zip(settings[1::2], dtypes, strict=True)]
+    merged = []
+    for number, rows in zip(settings[::2], tensors, strict=True):
+        merged += [number, native.address(rows)]
+    return merged, tensors
+
+
+FILTER_DTYPES = (torch.float32, torch.int64, torch.float32, torch.float32)
+
+
+def _cpp(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+    out = _fake(logits)
+    merged, held = addresses(settings, FILTER_DTYPES)
+    extension.filter_logits(native.rows(logits), *merged, torch.get_num_threads(), out.data_ptr())
+    return out
+
+
+_op = register(
+    "filter_logits",
+    "(Tensor logits, float temperature, Tensor? temperatures, int top_k, Tensor? top_ks, float top_p, "
+    "Tensor? top_ps, float min_p, Tensor? min_ps) -> Tensor",
+    _fake,
+    reference=_reference,
+    cpp=_cpp,
+)

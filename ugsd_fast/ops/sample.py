@@ -1,0 +1,94 @@
+"""``sample``: draw a token a row and return its log-probability and the row's statistics, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ugsd_fast import reference
+from ugsd_fast.ops import native
+from ugsd_fast.ops.backend import extension, register, run
+from ugsd_fast.ops.checks import check_logits, word_or_rows
+from ugsd_fast.ops.filter_logits import FILTER_DTYPES, addresses, check_filters, merge
+from ugsd_fast.ops.token_stats import empty_stats, round_stats
+from ugsd_fast.reference import Sample, TokenStats
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor,
+    offset: int | Tensor = 0,
+) -> Sample:
+    """Draw one token a row from ``softmax(filter_logits(logits))``.
+
+    Parameters
+    ----------
+    logits
+        ``[..., V]``, float32, bfloat16 or float16; rows may be strided.
+    temperature, top_k, top_p, min_p
+        As in `filter_logits`. Temperature 0 takes the argmax.
+    seed, offset
+        Any integer, or an integer tensor that broadcasts to the rows. The draw of row r is a function of
+        (seed, offset, r): pass the token position as ``offset`` so that each step draws anew.
+
+    Returns
+    -------
+    Sample
+        ``tokens`` int64 (-1 for a row with no token left); ``logprob`` float32, under the distribution drawn
+        from, so after the filters (at temperature 0: under the untempered softmax); ``stats``, the
+        `TokenStats` of the tempered logits before the filters.
+
+    Raises
+    ------
+    ValueError
+        If a dtype, shape, stride, device or setting does not fit.
+
+    Examples
+    --------
+    >>> import torch, ugsd_fast.ops as ops
+    >>> drawn = ops.sample(torch.tensor([[0.0, 9.0, 0.0]]), temperature=0, seed=1)
+    >>> drawn.tokens.tolist(), drawn.stats.argmax.tolist()
+    ([1], [1])
+    """
+    check_logits("sample", "logits", logits)
+    settings = check_filters("sample", logits, temperature, top_k, top_p, min_p)
+    seed, seeds = word_or_rows("sample", "seed", seed, logits, logits.shape[:-1])
+    offset, offsets = word_or_rows("sample", "offset", offset, logits, logits.shape[:-1])
+    tokens, logprob, *stats = run("sample", _op, logits, *settings, seed, seeds, offset, offsets)
+    return Sample(tokens, logprob, TokenStats(*stats))
+
+
+def _fake(logits: Tensor, *settings: float | Tensor | None) -> tuple[Tensor, ...]:
+    rows = logits.shape[:-1]
+    tokens = logits.new_empty(rows, dtype=torch.int64)
+    return tokens, logits.new_empty(rows, dtype=torch.float32), *empty_stats(logits, rows)
+
+
+def _reference(logits: Tensor, *settings: float | Tensor | None) -> tuple[Tensor, ...]:
+    tokens, logprob, stats = reference.sample(logits, *merge(*settings))
+    return tokens, logprob.float(), *round_stats(stats)
+
+
+def _cpp(logits: Tensor, *settings: float | Tensor | None) -> tuple[Tensor, ...]:
+    outputs = _fake(logits)
+    merged, held = addresses(settings, (*FILTER_DTYPES, torch.int64, torch.int64))
+    extension.sample(
+        native.rows(logits), *merged, torch.get_num_threads(), *[output.data_ptr() for output in outputs]
+    )
+    return outputs
+
+
+_op = register(
+    "sample",
+    "(Tensor logits, float temperature, Tensor? temperatures, int top_k, Tensor? top_ks, float top_p, "
+    "Tensor? top_ps, float min_p, Tensor? min_ps, SymInt seed, Tensor? seeds, SymInt offset, Tensor? offsets) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    reference=_reference,
+    cpp=_cpp,
+)

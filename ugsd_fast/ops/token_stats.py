@@ -1,0 +1,105 @@
+"""``token_stats``: logsumexp, entropy, maximum, argmax and margin of every row, in one read of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ugsd_fast import reference
+from ugsd_fast.ops import native
+from ugsd_fast.ops.backend import extension, register, run
+from ugsd_fast.ops.checks import check_logits, number_or_rows
+from ugsd_fast.reference import TokenStats
+
+
+def token_stats(logits: Tensor, *, temperature: float | Tensor = 1.0, vocab_size: int | None = None) -> TokenStats:
+    """Compute the softmax statistics of every row without writing a softmax.
+
+    Parameters
+    ----------
+    logits
+        ``[..., V]``, float32, bfloat16 or float16. The last dimension is contiguous, rows may be strided.
+        -inf and NaN mask a column.
+    temperature
+        Number, or tensor that broadcasts to the rows. 0, the greedy limit, gives the statistics at 1.
+    vocab_size
+        Columns from here on are padding and ignored.
+
+    Returns
+    -------
+    TokenStats
+        ``logsumexp, entropy, max_logit, argmax, margin``, each of the rows' shape: float32, entropy in nats,
+        argmax int64. All are of the tempered logits. A row with no token left has logsumexp -inf, entropy 0,
+        argmax -1, margin 0.
+
+    Raises
+    ------
+    ValueError
+        If dtype, shape, stride, device, temperature or vocab_size do not fit.
+
+    Examples
+    --------
+    >>> import torch, ugsd_fast.ops as ops
+    >>> stats = ops.token_stats(torch.tensor([[0.0, 0.0, -torch.inf], [5.0, 1.0, 0.0]]))
+    >>> stats.argmax.tolist(), stats.margin.tolist()
+    ([0, 0], [0.0, 4.0])
+    >>> round(stats.entropy[0].item(), 4)
+    0.6931
+    """
+    check_logits("token_stats", "logits", logits)
+    if vocab_size is not None:
+        if not 0 < vocab_size <= logits.shape[-1]:
+            raise ValueError(
+                f"token_stats: vocab_size is {vocab_size}, expected 1 to {logits.shape[-1]} (the columns of logits)"
+            )
+        logits = logits[..., :vocab_size]
+    number, rows = number_or_rows("token_stats", "temperature", temperature, logits, logits.shape[:-1], low=0.0)
+    return TokenStats(*run("token_stats", _op, logits, number, rows))
+
+
+def empty_stats(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the five results of `TokenStats` for rows of this shape."""
+    logsumexp = torch.empty(shape, dtype=torch.float32, device=like.device)
+    argmax = torch.empty(shape, dtype=torch.int64, device=like.device)
+    return logsumexp, torch.empty_like(logsumexp), torch.empty_like(logsumexp), argmax, torch.empty_like(logsumexp)
+
+
+def round_stats(stats: TokenStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the float64 statistics of the oracle in the op's dtypes."""
+    return (
+        stats.logsumexp.float(),
+        stats.entropy.float(),
+        stats.max_logit.float(),
+        stats.argmax,
+        stats.margin.float(),
+    )
+
+
+def _fake(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, ...]:
+    return empty_stats(logits, logits.shape[:-1])
+
+
+def _reference(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, ...]:
+    return round_stats(reference.token_stats(logits, temperature if temperatures is None else temperatures))
+
+
+def _cpp(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, ...]:
+    outputs = empty_stats(logits, logits.shape[:-1])
+    temperatures = native.flat(temperatures, torch.float32)
+    extension.token_stats(
+        native.rows(logits),
+        temperature,
+        native.address(temperatures),
+        torch.get_num_threads(),
+        *[output.data_ptr() for output in outputs],
+    )
+    return outputs
+
+
+_op = register(
+    "token_stats",
+    "(Tensor logits, float temperature, Tensor? temperatures) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    reference=_reference,
+    cpp=_cpp,
+)
