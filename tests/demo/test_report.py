@@ -227,7 +227,7 @@ def test_plot_says_every_point_in_words_and_shapes(comparison: Comparison) -> No
     for point in comparison.sweep:
         assert f"threshold {point.threshold:g}: {point.summary.bleu4:.1f}" in svg
     assert svg.count("<circle") == len(comparison.sweep) - 1
-    assert svg.count('class="mark chosen"') == svg.count('class="mark edge"') == svg.count('class="mark lossless"') == 1
+    assert svg.count('class="mark chosen"') == svg.count('class="mark edge"') == svg.count('class="line verifier"') == 1
     assert "fill=" not in svg  # ink is the page's, in either theme
 
 

@@ -1,4 +1,4 @@
-"""`gate_block` on every backend: one uncertainty a block; it escalates unless it stays under the threshold."""
+"""`gate_block` on every backend: one uncertainty a block; it escalates if it exceeds the threshold."""
 
 from __future__ import annotations
 
@@ -129,3 +129,12 @@ def test_strided_entropies(reduce: str) -> None:
 def test_errors_name_what_was_got_and_expected(arguments: dict[str, Tensor | float | str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^gate_block: {message}"):
         ops.gate_block(**{"entropy": torch.zeros(2, 3), "threshold": 1.0, **arguments})
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_a_block_at_the_threshold_stays(reduce: str) -> None:
+    above = torch.nextafter(torch.tensor(1.5), torch.tensor(2.0)).item()
+    uncertainty, escalate = ops.gate_block(torch.tensor([[1.5], [above], [0.0]]), threshold=1.5, reduce=reduce)
+    assert uncertainty.tolist() == [1.5, above, 0.0]
+    assert escalate.tolist() == [False, True, False]
+    assert ops.gate_block(torch.zeros(1, 3), threshold=0.0, reduce=reduce)[1].tolist() == [False]

@@ -157,7 +157,8 @@ def ten_thousand_verdicts(rule: str) -> tuple[list[Tensor], Tensor, Tensor]:
     rounds, part = 10_000, 1000
     target = cases.random_logits(1, 3, 300, scale=2.0)
     draft = target[:, :2] + cases.random_logits(1, 2, 300, seed=1, scale=0.5)
-    inputs = [x.expand(rounds, *x.shape[1:]) for x in (draft.argmax(-1), target, draft)]
+    overdrafted = (draft.double().softmax(-1) - target[:, :2].double().softmax(-1)).argmax(-1)  # p < q: may be rejected
+    inputs = [x.expand(rounds, *x.shape[1:]) for x in (overdrafted, target, draft)]
     rows = torch.arange(rounds)
     streams = [Stream.ACCEPT.at(0), Stream.ACCEPT.at(1), int(Stream.RESIDUAL)]
     uniforms = torch.stack([uniform(8, 2, rows, stream) for stream in streams], -1)

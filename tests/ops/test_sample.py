@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -38,35 +40,48 @@ def law(row: Tensor, **settings: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_draws_are_the_inverse_cdf_of_the_published_uniforms(name: str) -> None:
-    """10,000 draws: at least 99.9% are the column of the float64 CDF, the others within rounding of its edge."""
+def test_draws_are_the_inverse_cdf_of_the_published_uniforms(name: str, backend: cases.Backend) -> None:
+    """10,000 draws, 1000 of the oracle: 99.9% are the float64 CDF's column, the others within rounding of its edge."""
+    calls = 20 if backend.native else 2
     row = cases.random_logits(5000, scale=2.0)
     mass = law(row, **FILTERS[name])
     edges, last = np.cumsum(mass), np.flatnonzero(mass)[-1]
     differ = 0
-    for offset in range(20):
+    for offset in range(calls):
         got = ops.sample(row.expand(500, -1), seed=SEED, offset=offset, **FILTERS[name]).tokens.numpy()
         u = uniform(SEED, offset, torch.arange(500), Stream.DRAFT).numpy()
         expected = np.minimum(np.searchsorted(edges, u * edges[-1], side="right"), last)
         for i in np.flatnonzero(got != expected):
             assert got[i] in drawable(mass, u[i], SLACK)
             differ += 1
-    assert differ <= 10
+    assert differ <= calls // 2
 
 
-@cases.by_dtype()
-@pytest.mark.parametrize("name", ["plain", "all"])
-@pytest.mark.parametrize("vocabulary", [1, 63, 4097, 32000, 152064], ids=lambda v: f"V{v}")
-def test_every_kind_of_row(vocabulary: int, name: str, dtype: torch.dtype) -> None:
-    logits = cases.rows_of_every_kind(vocabulary, dtype)
+@cache
+def laws_by_row(vocabulary: int, dtype: torch.dtype, name: str) -> list[tuple[np.ndarray, float]]:
+    """Of each kind of row: the masses that may be drawn, and the share of those on a filter's bound."""
     settings = {"temperature": 1.0, **FILTERS[name]}
-    drawn = ops.sample(logits, seed=7, offset=vocabulary, **settings)
-    u = uniform(7, vocabulary, torch.arange(len(logits)), Stream.DRAFT)
-    for i, row in enumerate(logits.float().numpy()):
+    laws = []
+    for row in cases.rows_of_every_kind(vocabulary, dtype).float().numpy():
         surely, perhaps = filtered(row, slack=SLACK, **settings)
         s = clean(row) / settings["temperature"]
-        mass = np.where(perhaps, np.exp(np.where(perhaps, s - s.max(), -np.inf)), 0.0)
-        on_the_bound = mass[perhaps & ~surely].sum() / mass.sum() if surely.any() else 0.0
+        with np.errstate(invalid="ignore"):  # -inf - -inf, in rows with nothing to draw
+            mass = np.where(perhaps, np.exp(s - s.max()), 0.0)
+        laws.append((mass, float(mass[perhaps & ~surely].sum() / mass.sum()) if surely.any() else 0.0))
+    return laws
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [(v, dtype) for v in (1, 63, 4097) for dtype in cases.DTYPES.values()] + [(cases.LARGEST, torch.bfloat16)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_every_kind_of_row(vocabulary: int, dtype: torch.dtype, name: str) -> None:
+    logits = cases.rows_of_every_kind(vocabulary, dtype)
+    drawn = ops.sample(logits, seed=7, offset=vocabulary, **FILTERS[name])
+    u = uniform(7, vocabulary, torch.arange(len(logits)), Stream.DRAFT)
+    for i, (mass, on_the_bound) in enumerate(laws_by_row(vocabulary, dtype, name)):
         token = int(drawn.tokens[i])
         assert token in drawable(mass, float(u[i]), SLACK + 2 * on_the_bound), list(cases.KINDS)[i]
         if token >= 0:
@@ -106,6 +121,22 @@ def test_temperature_zero_takes_the_argmax() -> None:
     expected = (stats.max_logit - stats.logsumexp).double()[finite]
     cases.assert_close(drawn.logprob[finite], expected, 0, 1e-4 + 1e-7 * 7e4)
     assert (drawn.logprob[~finite] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-12])
+def test_next_to_no_temperature_takes_the_argmax(temperature: float) -> None:
+    logits = cases.random_logits(5, 5000)
+    drawn = ops.sample(logits, temperature=temperature, seed=3)
+    assert torch.equal(drawn.tokens, logits.argmax(-1))
+    assert drawn.logprob.tolist() == drawn.stats.entropy.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("temperature", [1e12, 1e30, 3e38])
+def test_all_temperature_draws_uniformly(temperature: float) -> None:
+    drawn = ops.sample(cases.random_logits(2000, 10), temperature=temperature, seed=3)
+    cases.assert_close(drawn.stats.entropy, torch.full((2000,), 10.0).log(), 2e-6, 0)
+    cases.assert_close(drawn.logprob, torch.full((2000,), 0.1).log(), 2e-6, 0)
+    assert cases.chi_square(torch.bincount(drawn.tokens, minlength=10), torch.full((10,), 0.1)) > 1e-3
 
 
 def test_filtered_columns_are_never_drawn() -> None:

@@ -26,7 +26,7 @@ def test_matches_float64(vocabulary: int, dtype: torch.dtype) -> None:
     cases.assert_stats(got, oracle(vocabulary, dtype, 1.0), dtype)
 
 
-@pytest.mark.parametrize("temperature", [1e-8, 0.1, 0.7, 1.7, 1000.0])
+@pytest.mark.parametrize("temperature", [1e-8, 0.1, 0.7, 1.7, 1e6])
 @cases.by_size(cases.SMALL_SIZES)
 def test_temperature(vocabulary: int, temperature: float) -> None:
     got = ops.token_stats(cases.rows_of_every_kind(vocabulary, torch.float32), temperature=temperature)

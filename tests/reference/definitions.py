@@ -107,22 +107,8 @@ def filtered(
     return surely | top, perhaps | top
 
 
-def inverse_cdf(mass: Array, u: float) -> int:
-    """The first column whose running mass exceeds ``u * total``; -1 where there is no mass."""
-    total = math.fsum(mass)
-    running = 0.0
-    last = -1
-    for column, m in enumerate(mass):
-        if m > 0:
-            last = column
-            running += m
-            if running > u * total:
-                return column
-    return last
-
-
 def drawable(mass: Array, u: float, slack: float) -> set[int]:
-    """The columns that the inverse CDF may give when uniform and running masses are only known to within ``slack``."""
+    """The first column whose running mass exceeds ``u * total``, and those within ``slack`` of it; -1 without mass."""
     positive = np.flatnonzero(mass > 0)
     if not len(positive):
         return {-1}

@@ -405,18 +405,19 @@ def quality_plot(comparison: Comparison, metric: str, name: str, scale: float = 
     ticks = _ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]
 
+    shares = _ticks(0.0, max(x for x, _, _ in points))
+
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + width * x / 100, top + height * (high - y) / (high - low)
+        return left + width * x / shares[-1], top + height * (high - y) / (high - low)
 
     out = []
     for y in ticks:
         _, row = at(0, y)
         out.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{row:.1f}" y2="{row:.1f}"/>')
         out.append(f'<text x="{left - 10}" y="{row + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for share in (0, 25, 50, 75, 100):
+    for share in shares:
         column, _ = at(share, low)
-        anchor = "end" if share == 100 else "middle"
-        out.append(f'<text x="{column:.1f}" y="{top + height + 17}" text-anchor="{anchor}">{share}</text>')
+        out.append(f'<text x="{column:.1f}" y="{top + height + 17}" text-anchor="middle">{share:g}</text>')
     out.append(
         f'<text x="{left + width / 2:g}" y="{top + height + 36}" text-anchor="middle">'
         "escalated share of draft tokens, %</text>"
@@ -436,9 +437,6 @@ def quality_plot(comparison: Comparison, metric: str, name: str, scale: float = 
         else:
             out.append(f'<circle class="mark" cx="{column:.1f}" cy="{row:.1f}" r="4.5">{tip}</circle>')
     out += _labels([(*at(x, y), f"{threshold:g}", threshold == chosen) for x, y, threshold in points], left + width)
-    if "lossless" in lines:
-        column, row = at(100, lines["lossless"])
-        out.append(f'<path class="mark lossless" d="M{column - 6:.1f} {row + 5:.1f}l6-11l6 11z"/>')
     described = "; ".join(f"threshold {t:g}: {y:.1f}{unit} at {x:.0f}% escalated" for x, y, t in points)
     described += f"; edge only {lines['edge']:.1f}{unit}; verifier only {lines['verifier']:.1f}{unit}"
     body = "".join(out)
@@ -460,7 +458,7 @@ def _labels(points: Sequence[tuple[float, float, str, bool]], right: float) -> l
             (
                 spot
                 for spot in spots
-                if all(abs(column + spot[0] - x) > 28 or abs(row + spot[1] - y) > 13 for x, y in placed)
+                if all(abs(column + spot[0] - x) > 36 or abs(row + spot[1] - y) > 13 for x, y in placed)
             ),
             spots[0],
         )

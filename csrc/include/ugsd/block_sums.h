@@ -92,12 +92,17 @@ float add_sums(const T* z, int64_t n, float reference, float scale, double& mass
     if (kMoment == Moment::kSum) weighted = S::fma(d, e, weighted);
   };
   constexpr int kStep = 2 * S::kLanes;
-  // A lane adds 128 numbers in float32 at most before they move to float64.
-  constexpr int64_t kStretch = 256 * S::kLanes;
+  // Short sums of short sums: where a lane holds a large term, many equal small ones would all round the same way.
+  constexpr int64_t kStretch = 64 * S::kLanes;
+  F masses = S::set(0), moments = masses;
   const auto flush = [&] {
-    mass += S::sum(S::add(mass0, mass1));
-    if (kMoment == Moment::kSum) moment += S::sum(S::add(moment0, moment1));
+    masses = S::add(masses, S::add(mass0, mass1));
+    if (kMoment == Moment::kSum) moments = S::add(moments, S::add(moment0, moment1));
     mass0 = mass1 = moment0 = moment1 = S::set(0);
+    if (S::kLanes >= 8) return;  // narrow vectors have many stretches in a block
+    mass += S::sum(masses);
+    if (kMoment == Moment::kSum) moment += S::sum(moments);
+    masses = moments = S::set(0);
   };
   int64_t i = 0;
   while (i + 2 * kStep <= n) {
@@ -115,6 +120,8 @@ float add_sums(const T* z, int64_t n, float reference, float scale, double& mass
   for (; i < n; i += S::kLanes)
     add(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), mass0, moment0, max0);
   flush();
+  mass += S::sum(masses);
+  if (kMoment == Moment::kSum) moment += S::sum(moments);
   return S::maximum(S::max(max0, max1));
 }
 
@@ -158,12 +165,20 @@ int64_t count_greater(const T* z, int64_t n, float value) {
   using F = typename S::Float;
   // A logit of +inf reads as the largest number, so nothing is over that.
   const F v = S::set(value < kLargest ? value : kInfinity), one = S::set(1);
-  F count0 = S::set(0), count1 = count0;
-  for_pairs<S>(z, n, [&](F a, F b) {
-    count0 = S::add_where(S::greater(a, v), count0, one);
-    count1 = S::add_where(S::greater(b, v), count1, one);
-  });
-  return static_cast<int64_t>(S::sum(S::add(count0, count1)));
+  F c0 = S::set(0), c1 = c0, c2 = c0, c3 = c0, a, b;
+  constexpr int kStep = 2 * S::kLanes;
+  int64_t i = 0;
+  for (; i + 2 * kStep <= n; i += 2 * kStep) {
+    S::load_pair(z + i, a, b);
+    c0 = S::add_where(S::greater(a, v), c0, one);
+    c1 = S::add_where(S::greater(b, v), c1, one);
+    S::load_pair(z + i + kStep, a, b);
+    c2 = S::add_where(S::greater(a, v), c2, one);
+    c3 = S::add_where(S::greater(b, v), c3, one);
+  }
+  for (; i < n; i += S::kLanes)
+    c0 = S::add_where(S::greater(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), v), c0, one);
+  return static_cast<int64_t>(S::sum(S::add(S::add(c0, c1), S::add(c2, c3))));
 }
 
 // The block that holds the row's maximum: the first of equals.

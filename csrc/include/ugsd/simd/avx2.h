@@ -98,7 +98,7 @@ struct Avx2 {
     Float operator()(Float d) const {
       const Float y = mul(d, scale_);
       const Float n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      const Float r = sub(y, n);
+      const Float r = _mm256_fmsub_ps(d, scale_, n);  // y's own rounding does not reach r
       Float p = set(kExp2[4]);
       for (int i = 3; i >= 0; --i) p = fma(p, r, set(kExp2[i]));
       p = fma(p, r, set(1.0f));

@@ -91,7 +91,8 @@ struct Neon {
   struct Exp {
     explicit Exp(float scale) : scale_(vdupq_n_f32(scale * kLog2E)) {}
     Float operator()(Float d) const {
-      const Float y = mul(d, scale_), n = vrndnq_f32(y), r = sub(y, n);
+      const Float y = mul(d, scale_), n = vrndnq_f32(y);
+      const Float r = fma(d, scale_, vnegq_f32(n));  // y's own rounding does not reach r
       Float p = set(kExp2[4]);
       for (int i = 3; i >= 0; --i) p = fma(p, r, set(kExp2[i]));
       p = fma(p, r, set(1.0f));
