@@ -1,6 +1,6 @@
 """Runs every benchmark, each in a process of its own, writes ``bench/results/*.json`` and the reports made of them.
 
-``python -m bench.run [--quick] [--threads 1 2] [--ops token_stats …]``
+``python -m bench.run [--quick] [--threads 1 2] [--rounds N] [--ops token_stats …]``
 
 With ``--quick`` everything runs on tiny inputs and the results go to ``build/bench``: they measure nothing.
 """
@@ -33,20 +33,23 @@ OPS = (
 )
 
 
-def run_module(module: str, threads: int, quick: bool) -> Row:
+def run_module(module: str, threads: int, options: Sequence[str]) -> Row:
     """Run one benchmark in a fresh process and return what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, "--threads", str(threads), "--json", str(output)]
         print(f"== {module}, {threads} thread{'s' * (threads > 1)}", flush=True)
-        subprocess.run([*command, *(["--quick"] if quick else [])], cwd=ROOT, check=True)
+        subprocess.run([*command, *options], cwd=ROOT, check=True)
         return json.loads(output.read_text())
 
 
-def run_kernels(ops: Sequence[str], threads: Sequence[int], quick: bool) -> Row:
-    """Run the kernels' benchmarks and return the content of ``kernels.json``."""
-    runs = [run_module(f"bench.kernels.{op}", count, quick) for count in threads for op in ops]
-    return {"schema": SCHEMA, "date": now(), "machine": machine(), "runs": runs}
+def run_kernels(ops: Sequence[str], threads: Sequence[int], options: Sequence[str], path: Path) -> None:
+    """Run the kernels' benchmarks and write ``kernels.json`` after each, so that a failure costs one op."""
+    for count in threads:
+        for op in ops:
+            result = run_module(f"bench.kernels.{op}", count, options)
+            kernels = {"schema": SCHEMA, "date": now(), "machine": machine(), "runs": [result]}
+            write(path, merged(kernels, path))
 
 
 def merged(new: Row, path: Path) -> Row:
@@ -73,15 +76,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Run the benchmark suite.")
     parser.add_argument("--quick", action="store_true", help="tiny inputs, few rounds: whether it runs, not how fast")
     parser.add_argument("--threads", type=int, nargs="+", default=None, metavar="N", help="default: 1 2")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     arguments = parser.parse_args()
 
     start = time.monotonic()
     threads = arguments.threads or ([1] if arguments.quick else [1, 2])
     results = ROOT / "build" / "bench" if arguments.quick else RESULTS
-    kernels = run_kernels(arguments.ops, threads, arguments.quick)
-    write(results / "kernels.json", kernels if arguments.quick else merged(kernels, results / "kernels.json"))
-    write(results / "overhead.json", run_module("bench.decoding.overhead", 1, arguments.quick))
+    options = ["--quick"] if arguments.quick else []
+    options += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+    run_kernels(arguments.ops, threads, options, results / "kernels.json")
+    write(results / "overhead.json", run_module("bench.decoding.overhead", 1, options))
     if arguments.quick:
         summary.write(results, docs=results, readme=None)
     else:

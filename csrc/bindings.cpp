@@ -31,8 +31,13 @@ PerRow<T> per_row(T number, uintptr_t rows) {
 Rows unpack(const py::tuple& rows) {
   std::array<int64_t, 7> fields;
   for (size_t i = 0; i < fields.size(); ++i) fields[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(rows.ptr(), i));
-  return {reinterpret_cast<const void*>(fields[0]), static_cast<DType>(fields[1]), fields[2], fields[3], fields[4],
-          fields[5], fields[6]};
+  return {reinterpret_cast<const void*>(fields[0]),
+          static_cast<DType>(fields[1]),
+          fields[2],
+          fields[3],
+          fields[4],
+          fields[5],
+          fields[6]};
 }
 
 }  // namespace
@@ -41,7 +46,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ SIMD kernels of ugsd_fast.ops";
   if (const char* wanted = std::getenv("UGSD_CPU_ISA"))
     if (!kernels_of(wanted))
-      throw py::import_error(std::string("UGSD_CPU_ISA is '") + wanted + "', which this build or machine does not have");
+      throw py::import_error(std::string("UGSD_CPU_ISA is '") + wanted +
+                             "', which this build or machine does not have");
 
   m.def("isa", [] { return table->isa; }, "Name of the instruction set in use.");
   m.def(
@@ -61,17 +67,17 @@ PYBIND11_MODULE(_C, m) {
       },
       "Use another instruction set of this build.");
 
-  m.def("token_stats", [](const py::tuple& logits, float temperature, uintptr_t temperatures, int threads,
-                          uintptr_t logsumexp, uintptr_t entropy, uintptr_t max_logit, uintptr_t argmax,
-                          uintptr_t margin) {
-    const TokenStatsArgs args{unpack(logits),
-                              per_row(temperature, temperatures),
-                              {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
-                               pointer<int64_t>(argmax), pointer<float>(margin)},
-                              threads};
-    const py::gil_scoped_release release;
-    table->token_stats(args);
-  });
+  m.def("token_stats",
+        [](const py::tuple& logits, float temperature, uintptr_t temperatures, int threads, uintptr_t logsumexp,
+           uintptr_t entropy, uintptr_t max_logit, uintptr_t argmax, uintptr_t margin) {
+          const TokenStatsArgs args{unpack(logits),
+                                    per_row(temperature, temperatures),
+                                    {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
+                                     pointer<int64_t>(argmax), pointer<float>(margin)},
+                                    threads};
+          const py::gil_scoped_release release;
+          table->token_stats(args);
+        });
 
   m.def("logprob_rank", [](const py::tuple& logits, uintptr_t tokens, float temperature, uintptr_t temperatures,
                            uintptr_t logsumexp, int threads, uintptr_t logprob, uintptr_t rank) {
@@ -86,34 +92,36 @@ PYBIND11_MODULE(_C, m) {
     table->logprob_rank(args);
   });
 
-  m.def("filter_logits", [](const py::tuple& logits, float temperature, uintptr_t temperatures, int64_t top_k,
-                            uintptr_t top_ks, float top_p, uintptr_t top_ps, float min_p, uintptr_t min_ps,
-                            int threads, uintptr_t out) {
-    const FilterLogitsArgs args{unpack(logits), per_row(temperature, temperatures),
-                                {per_row(top_k, top_ks), per_row(top_p, top_ps), per_row(min_p, min_ps)},
-                                pointer<float>(out), threads};
-    const py::gil_scoped_release release;
-    table->filter_logits(args);
-  });
+  m.def("filter_logits",
+        [](const py::tuple& logits, float temperature, uintptr_t temperatures, int64_t top_k, uintptr_t top_ks,
+           float top_p, uintptr_t top_ps, float min_p, uintptr_t min_ps, int threads, uintptr_t out) {
+          const FilterLogitsArgs args{unpack(logits),
+                                      per_row(temperature, temperatures),
+                                      {per_row(top_k, top_ks), per_row(top_p, top_ps), per_row(min_p, min_ps)},
+                                      pointer<float>(out),
+                                      threads};
+          const py::gil_scoped_release release;
+          table->filter_logits(args);
+        });
 
-  m.def("sample", [](const py::tuple& logits, float temperature, uintptr_t temperatures, int64_t top_k,
-                     uintptr_t top_ks, float top_p, uintptr_t top_ps, float min_p, uintptr_t min_ps, int64_t seed,
-                     uintptr_t seeds, int64_t offset, uintptr_t offsets, int threads, uintptr_t tokens,
-                     uintptr_t logprob, uintptr_t logsumexp, uintptr_t entropy, uintptr_t max_logit, uintptr_t argmax,
-                     uintptr_t margin) {
-    const SampleArgs args{unpack(logits),
-                          per_row(temperature, temperatures),
-                          {per_row(top_k, top_ks), per_row(top_p, top_ps), per_row(min_p, min_ps)},
-                          per_row(seed, seeds),
-                          per_row(offset, offsets),
-                          pointer<int64_t>(tokens),
-                          pointer<float>(logprob),
-                          {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
-                           pointer<int64_t>(argmax), pointer<float>(margin)},
-                          threads};
-    const py::gil_scoped_release release;
-    table->sample(args);
-  });
+  m.def("sample",
+        [](const py::tuple& logits, float temperature, uintptr_t temperatures, int64_t top_k, uintptr_t top_ks,
+           float top_p, uintptr_t top_ps, float min_p, uintptr_t min_ps, int64_t seed, uintptr_t seeds, int64_t offset,
+           uintptr_t offsets, int threads, uintptr_t tokens, uintptr_t logprob, uintptr_t logsumexp, uintptr_t entropy,
+           uintptr_t max_logit, uintptr_t argmax, uintptr_t margin) {
+          const SampleArgs args{unpack(logits),
+                                per_row(temperature, temperatures),
+                                {per_row(top_k, top_ks), per_row(top_p, top_ps), per_row(min_p, min_ps)},
+                                per_row(seed, seeds),
+                                per_row(offset, offsets),
+                                pointer<int64_t>(tokens),
+                                pointer<float>(logprob),
+                                {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
+                                 pointer<int64_t>(argmax), pointer<float>(margin)},
+                                threads};
+          const py::gil_scoped_release release;
+          table->sample(args);
+        });
 
   m.def("gate_block", [](uintptr_t entropy, int64_t batch, int64_t block, int64_t batch_stride, int64_t block_stride,
                          uintptr_t lengths, float threshold, uintptr_t thresholds, int reduce, uintptr_t uncertainty,
@@ -123,32 +131,32 @@ PYBIND11_MODULE(_C, m) {
                 pointer<float>(uncertainty), pointer<bool>(escalate)});
   });
 
-  m.def("accept_block", [](const py::tuple& target, const py::tuple& draft, uintptr_t tokens, int64_t batch,
-                           int64_t block, int rule, uintptr_t lengths, double limit, uintptr_t limits, double slack,
-                           uintptr_t slacks, uintptr_t draft_logsumexp, bool bonus, int64_t seed, uintptr_t seeds,
-                           int64_t offset, uintptr_t offsets, uintptr_t uniforms, int threads, uintptr_t num_accepted,
-                           uintptr_t next_token, uintptr_t accept_prob) {
-    const AcceptBlockArgs args{unpack(target),
-                               unpack(draft),
-                               pointer<const int64_t>(tokens),
-                               batch,
-                               block,
-                               static_cast<Rule>(rule),
-                               pointer<const int64_t>(lengths),
-                               per_row(limit, limits),
-                               per_row(slack, slacks),
-                               pointer<const float>(draft_logsumexp),
-                               bonus,
-                               per_row(seed, seeds),
-                               per_row(offset, offsets),
-                               pointer<const double>(uniforms),
-                               pointer<int64_t>(num_accepted),
-                               pointer<int64_t>(next_token),
-                               pointer<float>(accept_prob),
-                               threads};
-    const py::gil_scoped_release release;
-    table->accept_block(args);
-  });
+  m.def("accept_block",
+        [](const py::tuple& target, const py::tuple& draft, uintptr_t tokens, int64_t batch, int64_t block, int rule,
+           uintptr_t lengths, double limit, uintptr_t limits, double slack, uintptr_t slacks, uintptr_t draft_logsumexp,
+           bool bonus, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets, uintptr_t uniforms,
+           int threads, uintptr_t num_accepted, uintptr_t next_token, uintptr_t accept_prob) {
+          const AcceptBlockArgs args{unpack(target),
+                                     unpack(draft),
+                                     pointer<const int64_t>(tokens),
+                                     batch,
+                                     block,
+                                     static_cast<Rule>(rule),
+                                     pointer<const int64_t>(lengths),
+                                     per_row(limit, limits),
+                                     per_row(slack, slacks),
+                                     pointer<const float>(draft_logsumexp),
+                                     bonus,
+                                     per_row(seed, seeds),
+                                     per_row(offset, offsets),
+                                     pointer<const double>(uniforms),
+                                     pointer<int64_t>(num_accepted),
+                                     pointer<int64_t>(next_token),
+                                     pointer<float>(accept_prob),
+                                     threads};
+          const py::gil_scoped_release release;
+          table->accept_block(args);
+        });
 
   // Each tensor is (pointer, heads, batch, head and slot strides, row length), the last four in bytes.
   m.def("kv_compact", [](const py::list& tensors, int64_t batch, int64_t slots, uintptr_t keep, int64_t keep_stride,

@@ -102,9 +102,7 @@ struct Stats {
 
   explicit Stats(int64_t rows)
       : logsumexp(rows, NAN), entropy(rows, NAN), max_logit(rows, NAN), margin(rows, NAN), argmax(rows, -7) {}
-  StatsOut out() {
-    return {logsumexp.data(), entropy.data(), max_logit.data(), argmax.data(), margin.data()};
-  }
+  StatsOut out() { return {logsumexp.data(), entropy.data(), max_logit.data(), argmax.data(), margin.data()}; }
 };
 
 // One row, by definition.
@@ -152,7 +150,9 @@ void test_rows(const Kernels& kernels, int64_t columns, int kind) {
   const int64_t rows = 3;
   const std::vector<T> z = make_logits<T>(rows * columns, kind);
   const Rows logits = rows_of(z, rows, columns);
-  const auto value = [&](int64_t r) { return [&, r](int64_t i) { return double(detail::logit(z.data() + r * columns, i)); }; };
+  const auto value = [&](int64_t r) {
+    return [&, r](int64_t i) { return double(detail::logit(z.data() + r * columns, i)); };
+  };
   const std::vector<float> temperatures = {1.0f, 0.5f, 0.0f};
 
   Stats stats(rows);
@@ -166,7 +166,8 @@ void test_rows(const Kernels& kernels, int64_t columns, int kind) {
   const std::vector<int64_t> tokens = {columns / 2, columns, -1};
   std::vector<float> logprob(rows, NAN);
   std::vector<int64_t> rank(rows, -7);
-  for (const float* logsumexp : {static_cast<const float*>(nullptr), static_cast<const float*>(stats.logsumexp.data())}) {
+  for (const float* logsumexp :
+       {static_cast<const float*>(nullptr), static_cast<const float*>(stats.logsumexp.data())}) {
     kernels.logprob_rank({logits, tokens.data(), {0, temperatures.data()}, logsumexp, logprob.data(), rank.data(), 1});
     const double own = value(0)(tokens[0]);
     int64_t wanted = 1;
@@ -202,8 +203,15 @@ void test_rows(const Kernels& kernels, int64_t columns, int kind) {
         }
         Stats drawn(rows);
         std::vector<int64_t> chosen(rows, -7);
-        kernels.sample({logits, {0, temperatures.data()}, filters, {99, nullptr}, {1, nullptr}, chosen.data(),
-                        logprob.data(), drawn.out(), 1});
+        kernels.sample({logits,
+                        {0, temperatures.data()},
+                        filters,
+                        {99, nullptr},
+                        {1, nullptr},
+                        chosen.data(),
+                        logprob.data(),
+                        drawn.out(),
+                        1});
         for (int64_t r = 0; r < rows; ++r) {
           check_stats(drawn, r, naive[r], 3e-6);
           expect(chosen[r] < 0 ? naive[r].argmax < 0 : out[r * columns + chosen[r]] > -kInf, "a kept token is drawn");
@@ -220,7 +228,8 @@ void test_accept(const Kernels& kernels, const Kernels& scalar, int64_t columns,
   std::vector<Q> draft(static_cast<size_t>(batch * block * columns));
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < block * columns; ++i)
-      draft[b * block * columns + i] = narrow<Q>(simd::to_float(target[b * (block + 1) * columns + i]) + 0.3f * normal());
+      draft[b * block * columns + i] =
+          narrow<Q>(simd::to_float(target[b * (block + 1) * columns + i]) + 0.3f * normal());
   std::vector<int64_t> tokens(static_cast<size_t>(batch * block)), lengths(batch);
   for (auto& token : tokens) token = static_cast<int64_t>(unit() * double(columns + 2)) - 1;
   for (auto& length : lengths) length = static_cast<int64_t>(unit() * double(block + 1));
@@ -237,10 +246,24 @@ void test_accept(const Kernels& kernels, const Kernels& scalar, int64_t columns,
         next[k].assign(batch, -7);
         probability[k].assign(static_cast<size_t>(batch * block), NAN);
         (k ? scalar : kernels)
-            .accept_block({rows_of(target, batch * (block + 1), columns), drafted, tokens.data(), batch, block,
-                           static_cast<Rule>(rule), lengths.data(), {10, nullptr}, {0.5, nullptr}, nullptr, true,
-                           {5, nullptr}, {6, nullptr}, uniforms.data(), accepted[k].data(), next[k].data(),
-                           probability[k].data(), 1});
+            .accept_block({rows_of(target, batch * (block + 1), columns),
+                           drafted,
+                           tokens.data(),
+                           batch,
+                           block,
+                           static_cast<Rule>(rule),
+                           lengths.data(),
+                           {10, nullptr},
+                           {0.5, nullptr},
+                           nullptr,
+                           true,
+                           {5, nullptr},
+                           {6, nullptr},
+                           uniforms.data(),
+                           accepted[k].data(),
+                           next[k].data(),
+                           probability[k].data(),
+                           1});
       }
       for (int64_t b = 0; b < batch; ++b) {
         expect(accepted[0][b] == accepted[1][b], "accepted as the scalar kernel");
@@ -260,8 +283,8 @@ void test_head(const Kernels& kernels, int64_t vocabulary, int64_t width, int64_
   const std::vector<T> hidden = make_logits<T>(rows * width, 0), weight = make_logits<T>(vocabulary * width, 0),
                        bias = make_logits<T>(vocabulary, 0);
   Stats stats(rows);
-  kernels.lm_head_stats({rows_of(hidden, rows, width), rows_of(weight, vocabulary, width), bias.data(), {1, nullptr},
-                         stats.out(), 1});
+  kernels.lm_head_stats(
+      {rows_of(hidden, rows, width), rows_of(weight, vocabulary, width), bias.data(), {1, nullptr}, stats.out(), 1});
   for (int64_t r = 0; r < rows; ++r) {
     const Naive wanted(
         [&](int64_t v) {
@@ -316,7 +339,8 @@ void test_dtype(const Kernels& kernels, const char* dtype) {
   const Kernels& scalar = *kernels_of("scalar");
   for (const int64_t columns : kSizes) {
     for (int kind = 0; kind < 5; ++kind) {
-      context = std::string(kernels.isa) + " " + dtype + " V=" + std::to_string(columns) + " kind " + std::to_string(kind);
+      context =
+          std::string(kernels.isa) + " " + dtype + " V=" + std::to_string(columns) + " kind " + std::to_string(kind);
       test_rows<T>(kernels, columns, kind);
     }
     for (const int64_t block : {0, 1, 4}) {

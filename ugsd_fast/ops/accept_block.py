@@ -134,8 +134,12 @@ def accept_block(
         limit, slack = epsilon, delta
     elif rule == "relaxed":
         limit, slack = top_n, relax_delta
-    limit, limits = number_or_rows("accept_block", f"the limit of {rule}", limit, target_logits, (batch,), low=0, dtype=torch.float64)
-    slack, slacks = number_or_rows("accept_block", f"the slack of {rule}", slack, target_logits, (batch,), low=0, dtype=torch.float64)
+    limit, limits = number_or_rows(
+        "accept_block", f"the limit of {rule}", limit, target_logits, (batch,), low=0, dtype=torch.float64
+    )
+    slack, slacks = number_or_rows(
+        "accept_block", f"the slack of {rule}", slack, target_logits, (batch,), low=0, dtype=torch.float64
+    )
     seed, seeds = word_or_rows("accept_block", "seed", seed, target_logits, (batch,))
     offset, offsets = word_or_rows("accept_block", "offset", offset, target_logits, (batch,))
     verdict = run(

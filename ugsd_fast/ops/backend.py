@@ -15,16 +15,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+extension: Any = None
 try:
-    from ugsd_fast import _C as extension
+    extension = importlib.import_module("ugsd_fast._C")
 except ImportError as error:
-    extension = None
     _extension_missing = f"the extension ugsd_fast._C is not built or does not load ({error})"
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -210,14 +210,14 @@ def _kernel_module(backend: str, op: str) -> str:
     return f"ugsd_fast.kernels.{op if backend == 'triton' else 'cuda'}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(op: str, backend: str) -> Implementation:
     if (op, backend) not in _implementations:
         _implementations[op, backend] = getattr(importlib.import_module(_kernel_module(backend, op)), op)
     return _implementations[op, backend]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _why_missing(op: str, backend: str) -> str | None:
     """Return why ``backend`` has no implementation of ``op`` here, None if it has one."""
     if (op, backend) in _implementations:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
@@ -74,9 +72,10 @@ def number_or_rows(
             return 0.0, value.to(dtype).expand(shape)
         except RuntimeError:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(value.shape)}, expected one that broadcasts to {tuple(shape)} (the rows)"
+                f"{op}: {name} has shape {tuple(value.shape)}, "
+                f"expected one that broadcasts to {tuple(shape)} (the rows)"
             ) from None
-    if not isinstance(value, (int, float)) or not isfinite(value) or value < low:
+    if not isinstance(value, (int, float)) or not -torch.inf < value < torch.inf or value < low:
         raise ValueError(f"{op}: {name} is {value!r}, expected a finite number of at least {low:g} or a tensor")
     return value, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ugsd_fast import reference
 from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
 from ugsd_fast.ops.checks import check_logits, number_or_rows
+
 
 def filter_logits(
     logits: Tensor,
@@ -75,26 +78,24 @@ def check_filters(
     return t, t_rows, int(k), k_rows, p, p_rows, m, m_rows
 
 
-def merge(*settings: float | Tensor | None) -> tuple[float | Tensor, ...]:
+def merge(*settings: Any) -> tuple[Any, ...]:
     """Undo the split: take the tensor of each pair where there is one, else the number."""
     pairs = zip(settings[::2], settings[1::2], strict=True)
     return tuple(number if rows is None else rows for number, rows in pairs)
 
 
-def _fake(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+def _fake(logits: Tensor, *settings: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
 
 
-def _reference(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+def _reference(logits: Tensor, *settings: Any) -> Tensor:
     return reference.filter_logits(logits, *merge(*settings)).float()
 
 
-def addresses(
-    settings: tuple[float | Tensor | None, ...], dtypes: tuple[torch.dtype, ...]
-) -> tuple[list[float], list[Tensor | None]]:
+def addresses(settings: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[list[float], list[Tensor | None]]:
     """Return the settings with each row tensor as an address, and the tensors to hold meanwhile."""
     tensors = [native.flat(rows, dtype) for rows, dtype in zip(settings[1::2], dtypes, strict=True)]
-    merged = []
+    merged: list[float] = []
     for number, rows in zip(settings[::2], tensors, strict=True):
         merged += [number, native.address(rows)]
     return merged, tensors
@@ -103,9 +104,9 @@ def addresses(
 FILTER_DTYPES = (torch.float32, torch.int64, torch.float32, torch.float32)
 
 
-def _cpp(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+def _cpp(logits: Tensor, *settings: Any) -> Tensor:
     out = _fake(logits)
-    merged, held = addresses(settings, FILTER_DTYPES)
+    merged, _held = addresses(settings, FILTER_DTYPES)
     extension.filter_logits(native.rows(logits), *merged, torch.get_num_threads(), out.data_ptr())
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ NO_ROWS = (0, 0, 0, 0, 0, 0, 0)
 """Stands for an absent tensor of rows."""
 
 
-def rows(logits: Tensor) -> tuple[int, int, int, int, int, int, int]:
+def rows(logits: Tensor) -> tuple[Any, ...]:
     """Return ``(address, dtype, outer, inner, outer stride, inner stride, columns)``, strides in elements.
 
-    Two leading dimensions are taken as they lie; more must collapse into two.
+    Two leading dimensions are taken as they lie. More are collapsed into two; where their strides do not allow
+    that, the rows are copied, and the copy rides at the end of the tuple so that it outlives the call.
     """
     shape = logits.shape
     dims = len(shape)
@@ -28,12 +30,7 @@ def rows(logits: Tensor) -> tuple[int, int, int, int, int, int, int]:
         layout = 1, 1, 0, 0
     else:
         collapsed = logits.reshape(prod(shape[:-2]), shape[-2], shape[-1])
-        if collapsed.data_ptr() != logits.data_ptr():
-            raise ValueError(
-                f"strides {logits.stride()} of shape {tuple(shape)}, expected ones that collapse to two leading "
-                "dimensions (rows are read in place, never copied)"
-            )
-        return rows(collapsed)
+        return *rows(collapsed), collapsed
     return logits.data_ptr(), _DTYPE_CODES[logits.dtype], *layout, shape[-1]
 
 
@@ -42,6 +39,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@overload
+def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return a small side input contiguous and in the dtype that the kernels read; the caller holds it."""
     return None if tensor is None else tensor.to(dtype).contiguous()

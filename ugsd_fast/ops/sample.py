@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,23 +65,21 @@ def sample(
     return Sample(tokens, logprob, TokenStats(*stats))
 
 
-def _fake(logits: Tensor, *settings: float | Tensor | None) -> tuple[Tensor, ...]:
+def _fake(logits: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     rows = logits.shape[:-1]
     tokens = logits.new_empty(rows, dtype=torch.int64)
     return tokens, logits.new_empty(rows, dtype=torch.float32), *empty_stats(logits, rows)
 
 
-def _reference(logits: Tensor, *settings: float | Tensor | None) -> tuple[Tensor, ...]:
+def _reference(logits: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     tokens, logprob, stats = reference.sample(logits, *merge(*settings))
     return tokens, logprob.float(), *round_stats(stats)
 
 
-def _cpp(logits: Tensor, *settings: float | Tensor | None) -> tuple[Tensor, ...]:
+def _cpp(logits: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     outputs = _fake(logits)
-    merged, held = addresses(settings, (*FILTER_DTYPES, torch.int64, torch.int64))
-    extension.sample(
-        native.rows(logits), *merged, torch.get_num_threads(), *[output.data_ptr() for output in outputs]
-    )
+    merged, _held = addresses(settings, (*FILTER_DTYPES, torch.int64, torch.int64))
+    extension.sample(native.rows(logits), *merged, torch.get_num_threads(), *[output.data_ptr() for output in outputs])
     return outputs
 
 

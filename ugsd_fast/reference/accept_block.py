@@ -115,7 +115,8 @@ def _speculative(
     """Apply the rules that keep the verifier's distribution (``exact``, ``block``)."""
     batch, block = tokens.shape
     vocabulary = target_logits.shape[-1]
-    inside = (tokens >= 0) & (tokens < vocabulary) & (torch.arange(block, device=tokens.device) < lengths.unsqueeze(-1))
+    drafted = torch.arange(block, device=tokens.device) < lengths.unsqueeze(-1)  # [B, K]
+    inside = (tokens >= 0) & (tokens < vocabulary) & drafted
     token = tokens.long().clamp(0, vocabulary - 1).unsqueeze(-1)  # [B, K, 1]
 
     p = _probabilities(target_logits, None)  # [B, K + 1, V]
@@ -124,7 +125,7 @@ def _speculative(
     else:
         q = _probabilities(draft_logits, draft_logsumexp)
     # A bonus position has no draft distribution: with q = 0 its residual is p itself.
-    q = torch.where(inside.unsqueeze(-1) | (torch.arange(block, device=tokens.device) < lengths.unsqueeze(-1)).unsqueeze(-1), q, 0.0)
+    q = torch.where(drafted.unsqueeze(-1), q, 0.0)
     q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
     p_x = p[:, :block].gather(-1, token).squeeze(-1)  # [B, K]
     q_x = q[:, :block].gather(-1, token).squeeze(-1)

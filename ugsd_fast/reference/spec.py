@@ -159,9 +159,7 @@ def _accept_oracle(draft_tokens: Tensor, target_logits: Tensor, **settings: Any)
         "typical": (settings.pop("epsilon", 0.09), settings.pop("delta", 0.3)),
         "relaxed": (settings.pop("top_n", 10), settings.pop("relax_delta", 0.6)),
     }
-    return reference.accept_block(
-        draft_tokens, target_logits, limits=limits.get(rule, (0.0, 0.0)), **settings
-    )
+    return reference.accept_block(draft_tokens, target_logits, limits=limits.get(rule, (0.0, 0.0)), **settings)
 
 
 def _kv_inputs(case: Case) -> Inputs:

@@ -34,9 +34,7 @@ class TokenStats(NamedTuple):
 
 def clean(logits: Tensor) -> Tensor:
     """Return ``logits`` in float64 with NaN masked (-inf) and +inf at float32's largest number."""
-    return torch.nan_to_num(
-        logits.double(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf
-    )
+    return torch.nan_to_num(logits.double(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
 
 
 def per_row(value: float | Tensor, rows: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ namespace ugsd {
 enum class Rule : int { kGreedy = 0, kRank = 1, kExact = 2, kBlock = 3, kTypical = 4, kRelaxed = 5 };
 
 struct AcceptBlockArgs {
-  Rows target;                   // [batch, block + 1, columns]
-  Rows draft;                    // [batch, block, columns]; data is null where the drafter was certain
-  const int64_t* tokens;         // [batch, block]
+  Rows target;            // [batch, block + 1, columns]
+  Rows draft;             // [batch, block, columns]; data is null where the drafter was certain
+  const int64_t* tokens;  // [batch, block]
   int64_t batch, block;
   Rule rule;
   const int64_t* lengths;        // [batch], or null
@@ -26,10 +26,10 @@ struct AcceptBlockArgs {
   const float* draft_logsumexp;  // [batch, block], or null
   bool bonus;
   PerRow<int64_t> seed, offset;
-  const double* uniforms;        // [batch, block + 1] in place of the generator's, or null
+  const double* uniforms;  // [batch, block + 1] in place of the generator's, or null
   int64_t* num_accepted;
   int64_t* next_token;
-  float* accept_prob;            // [batch, block]
+  float* accept_prob;  // [batch, block]
   int threads;
 };
 
@@ -72,9 +72,7 @@ class Acceptor {
   }
 
   Verdict run() {
-    Verdict verdict = args_.rule == Rule::kExact   ? exact()
-                      : args_.rule == Rule::kBlock ? block()
-                                                   : prefix();
+    Verdict verdict = args_.rule == Rule::kExact ? exact() : args_.rule == Rule::kBlock ? block() : prefix();
     if (!args_.bonus && verdict.accepted == length_) verdict.next = -1;
     return verdict;
   }
@@ -85,9 +83,8 @@ class Acceptor {
   // f(row i of the drafter's logits), in their own type.
   template <class F>
   auto with_draft(int64_t i, const F& f) const {
-    return with_dtype(args_.draft.dtype, [&](auto zero) {
-      return f(args_.draft.template row<decltype(zero)>(b_ * args_.block + i));
-    });
+    return with_dtype(args_.draft.dtype,
+                      [&](auto zero) { return f(args_.draft.template row<decltype(zero)>(b_ * args_.block + i)); });
   }
 
   int64_t token(int64_t i) const { return args_.tokens[b_ * args_.block + i]; }
@@ -268,12 +265,10 @@ class Acceptor {
   // f(the residual of row i)
   template <class F>
   auto with_residual(int64_t i, double w, const F& f) {
-    if (!args_.draft.data)
-      return f(Residual<float>(target(i), nullptr, w, p_[i], Softmax{0, 0}, token(i)));
+    if (!args_.draft.data) return f(Residual<float>(target(i), nullptr, w, p_[i], Softmax{0, 0}, token(i)));
     const Softmax& q = draft_softmax(i);
-    return with_draft(i, [&](const auto* z) {
-      return f(Residual<std::decay_t<decltype(*z)>>(target(i), z, w, p_[i], q, token(i)));
-    });
+    return with_draft(
+        i, [&](const auto* z) { return f(Residual<std::decay_t<decltype(*z)>>(target(i), z, w, p_[i], q, token(i))); });
   }
 
   // Residual mass of row i by block into masses_, and its sum.

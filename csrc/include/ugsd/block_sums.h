@@ -22,7 +22,15 @@ struct BlockSums {
 enum class Moment { kSkip, kSum };
 
 // 1 / T, where T = 0, the greedy limit, reads as 1.
-static inline float inverse_temperature(float t) { return t > 0 ? 1.0f / t : 1.0f; }
+static inline float inverse_temperature(float t) {
+  if (!(t > 0)) return 1.0f;
+  const float scale = 1.0f / t;
+  return scale < kLargest ? scale : kLargest;
+}
+
+// The scale as exponentials take it: beyond these all columns but the maximum vanish, or all count the same, and the
+// constants made of it would overflow.
+static inline float exp_scale(float scale) { return scale < 1e-18f ? 1e-18f : scale > 1e18f ? 1e18f : scale; }
 
 static inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
 
@@ -36,19 +44,6 @@ template <class T>
 UGSD_INLINE float logit(const T* z, int64_t column) {
   const float x = simd::to_float(z[column]);
   return x > kLargest ? kLargest : x == x ? x : -kInfinity;
-}
-
-// Calls pair(a, b) on the columns in any order, two vectors at a time; lanes past the end hold -inf.
-template <class S, class T, class Pair>
-void for_pairs(const T* z, int64_t n, const Pair& pair) {
-  typename S::Float a, b;
-  int64_t i = 0;
-  for (; i + 2 * S::kLanes <= n; i += 2 * S::kLanes) {
-    S::load_pair(z + i, a, b);
-    pair(a, b);
-  }
-  for (; i < n; i += S::kLanes)
-    pair(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), S::set(-kInfinity));
 }
 
 template <class S, class T>
@@ -77,6 +72,7 @@ enum class Pass { kKnownMax, kFindMax };
 template <class S, Moment kMoment, Pass kPass = Pass::kKnownMax, class T>
 float add_sums(const T* z, int64_t n, float reference, float scale, double& mass, double& moment) {
   using F = typename S::Float;
+  scale = exp_scale(scale);
   const typename S::Exp exp(scale);
   const F from = S::set(reference), lowest = S::set(simd::kLowest / scale), largest = S::set(kLargest);
   F mass0 = S::set(0), mass1 = mass0, moment0 = mass0, moment1 = mass0;
@@ -117,8 +113,7 @@ float add_sums(const T* z, int64_t n, float reference, float scale, double& mass
     }
     flush();
   }
-  for (; i < n; i += S::kLanes)
-    add(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), mass0, moment0, max0);
+  for (; i < n; i += S::kLanes) add(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), mass0, moment0, max0);
   flush();
   mass += S::sum(masses);
   if (kMoment == Moment::kSum) moment += S::sum(moments);

@@ -55,15 +55,19 @@ int64_t collect(const T* z, int64_t columns, const BlockSums* blocks, float boun
 template <class S, class T>
 int64_t group_maxima(const T* z, int64_t columns, float* maxima) {
   constexpr int64_t kStretch = 32 * S::kLanes;
+  const auto largest = S::set(kLargest), masked = S::set(-kInfinity);
   int64_t count = 0;
-  for (int64_t i = 0; i < columns; i += kStretch) {
-    auto even = S::set(-kInfinity), odd = even;
-    for_pairs<S>(z + i, columns - i < kStretch ? columns - i : kStretch, [&](auto a, auto b) {
+  for (int64_t i = 0; i < columns;) {
+    auto even = masked, odd = masked, a = masked, b = masked;
+    const int64_t end = columns - i < kStretch ? columns : i + kStretch;
+    for (; i + 2 * S::kLanes <= end; i += 2 * S::kLanes) {
+      S::load_pair(z + i, a, b);
       even = S::max(a, even);
       odd = S::max(b, odd);
-    });
-    const auto m = S::min(S::set(kLargest), S::max(even, odd));
-    count += S::compress(maxima + count, S::greater(m, S::set(-kInfinity)), m);
+    }
+    for (; i < end; i += S::kLanes) even = S::max(S::load_partial(z + i, static_cast<int>(end - i), -kInfinity), even);
+    const auto m = S::min(largest, S::max(even, odd));
+    count += S::compress(maxima + count, S::greater(m, masked), m);
   }
   return count;
 }
@@ -146,15 +150,15 @@ float filter_threshold(const T* z, int64_t columns, const BlockSums* blocks, con
   if (filter.top_k > 0) {
     const auto k = static_cast<double>(filter.top_k);
     int64_t groups = group_maxima<S>(z, columns, values);
-    const float bound =
-        groups < filter.top_k ? -kInfinity : select_threshold<S>(values, groups, k, spare, one, [](float) { return 1.0; });
+    const float bound = groups < filter.top_k
+                            ? -kInfinity
+                            : select_threshold<S>(values, groups, k, spare, one, [](float) { return 1.0; });
     n = collect<S>(z, columns, blocks, bound, values, nullptr);
-    if (n >= filter.top_k)
-      threshold = select_threshold<S>(values, n, k, spare, one, [](float) { return 1.0; });
+    if (n >= filter.top_k) threshold = select_threshold<S>(values, n, k, spare, one, [](float) { return 1.0; });
   }
   if (filter.top_p < 1) {
-    const auto lowest = S::set(simd::kLowest / scale), m = S::set(max);
-    const typename S::Exp exp(scale);
+    const auto lowest = S::set(simd::kLowest / exp_scale(scale)), m = S::set(max);
+    const typename S::Exp exp(exp_scale(scale));
     const auto mass = [&](auto v) { return exp(S::max(S::sub(v, m), lowest)); };
     const auto scalar_mass = [&](float v) { return std::exp((static_cast<double>(v) - max) * scale); };
     if (filter.top_k > 0) {

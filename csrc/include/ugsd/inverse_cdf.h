@@ -67,7 +67,7 @@ template <class S, class T>
 class ColumnMass {
  public:
   ColumnMass(const T* z, int64_t n, float max, float scale)
-      : z_(z), n_(n), max_(S::set(max)), lowest_(S::set(simd::kLowest / scale)), exp_(scale) {}
+      : z_(z), n_(n), max_(S::set(max)), lowest_(S::set(simd::kLowest / exp_scale(scale))), exp_(exp_scale(scale)) {}
 
   typename S::Float operator()(int64_t i) const {
     const auto z = S::min(S::set(kLargest), S::load_partial(z_ + i, static_cast<int>(n_ - i), -kInfinity));
@@ -92,8 +92,8 @@ int64_t draw_token(const T* z, int64_t columns, const BlockSums* blocks, float s
       draw_block(count, u, [&](int64_t j) { return weight_of(blocks[j], max, scale) * blocks[j].mass; });
   const BlockSums& block = blocks[drawn.block];
   const int64_t begin = drawn.block * kBlock, n = block_size(columns, drawn.block);
-  return begin + draw_column<S>(n, drawn.left / weight_of(block, max, scale),
-                                ColumnMass<S, T>(z + begin, n, block.max, scale));
+  return begin +
+         draw_column<S>(n, drawn.left / weight_of(block, max, scale), ColumnMass<S, T>(z + begin, n, block.max, scale));
 }
 
 }  // namespace ugsd::detail

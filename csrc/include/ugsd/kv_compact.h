@@ -18,7 +18,7 @@ enum class Align : int { kLeft = 0, kRight = 1 };
 struct KvCompactArgs {
   const KvTensor* tensors;
   int64_t tensor_count, batch, slots;
-  const bool* keep;        // [batch, slots] with this stride, or null
+  const bool* keep;  // [batch, slots] with this stride, or null
   int64_t keep_stride;
   const int64_t* lengths;  // [batch]: leading slots that stay, where keep is null
   Align align;

@@ -117,8 +117,8 @@ void lm_head_stats(const LmHeadStatsArgs& args) {
   constexpr int kTileRows = 4;
   const int64_t rows = args.hidden.count(), width = args.hidden.columns, vocabulary = args.weight.count();
   const int64_t count = blocks_of(vocabulary), padded = D::padded(width);
-  auto* hidden = static_cast<typename D::Hidden*>(
-      scratch(0, static_cast<size_t>(rows * padded) * sizeof(typename D::Hidden)));
+  auto* hidden =
+      static_cast<typename D::Hidden*>(scratch(0, static_cast<size_t>(rows * padded) * sizeof(typename D::Hidden)));
   for (int64_t r = 0; r < rows; ++r) D::prepare(args.hidden.row<T>(r), width, hidden + r * padded);
   auto* partials = static_cast<HeadSums*>(scratch(1, static_cast<size_t>(rows * count) * sizeof(HeadSums)));
   const auto* bias = static_cast<const T*>(args.bias);

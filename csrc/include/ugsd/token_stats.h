@@ -88,8 +88,7 @@ void for_row_stats(const Rows& rows, const PerRow<float>& temperature, int threa
   for_blocks_of<BlockSums>(rows.count(), blocks_of(rows.columns), threads, block,
                            [&](int64_t r, const BlockSums* blocks) {
                              const float scale = inverse_temperature(temperature[r]);
-                             finish(r, scale, blocks,
-                                    merge_blocks<S>(rows.row<T>(r), rows.columns, blocks, scale));
+                             finish(r, scale, blocks, merge_blocks<S>(rows.row<T>(r), rows.columns, blocks, scale));
                            });
 }
 

@@ -28,9 +28,12 @@ struct float16 {
 template <class F>
 auto with_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kBFloat16: return f(bfloat16{});
-    case DType::kFloat16: return f(float16{});
-    default: return f(float{});
+    case DType::kBFloat16:
+      return f(bfloat16{});
+    case DType::kFloat16:
+      return f(float16{});
+    default:
+      return f(float{});
   }
 }
 

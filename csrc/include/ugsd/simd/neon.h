@@ -83,9 +83,7 @@ struct Neon {
     return count;
   }
 
-  static double sum(Float x) {
-    return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)));
-  }
+  static double sum(Float x) { return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x))); }
   static float maximum(Float x) { return vmaxvq_f32(x); }
 
   struct Exp {
