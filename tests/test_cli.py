@@ -170,6 +170,36 @@ class TestCaption:
         assert "escalated" in run("caption", clip, "--threshold", 0).stdout
 
 
+class TestFamilies:
+    """``caption --draft Qwen/Qwen2.5-Omni-3B --verifier Qwen/Qwen3-Omni-30B-A3B-Instruct`` and its like, by path."""
+
+    PAIRS = (
+        ("qwen2_5_omni", "qwen3_omni"),
+        ("qwen2_audio", "qwen2_5_omni"),
+        ("qwen3_omni", "qwen2_audio"),
+    )
+
+    @pytest.mark.parametrize(("draft", "verifier"), PAIRS)
+    def test_checkpoints_in_hub_layout(
+        self, run: Run, clip: Path, checkpoint: Callable[..., Path], draft: str, verifier: str
+    ) -> None:
+        models = ("--draft", checkpoint(draft), "--verifier", checkpoint(verifier), "--dtype", "float32")
+        lossless = ("--always-escalate", "--rule", "greedy", "--max-new-tokens", 12, "--json")
+        result = run("caption", clip, *models, *lossless)
+        assert (result.exit_code, result.stderr) == (0, "")
+        found = json.loads(result.stdout)
+        alone = json.loads(run("caption", clip, *models[2:], "--only", "verifier", *lossless[3:]).stdout)
+        assert found["tokens"] == alone["tokens"]
+        assert found["metrics"]["drafter_forwards"] == sum(len(block["draft_tokens"]) for block in found["blocks"])
+        assert alone["metrics"]["drafter_forwards"] == 0
+
+    def test_settings_are_the_papers(self, run: Run, clip: Path, checkpoint: Callable[..., Path]) -> None:
+        models = ("--draft", checkpoint("qwen2_5_omni"), "--verifier", checkpoint("qwen3_omni"))
+        blocks = json.loads(run("caption", clip, *models, "--max-new-tokens", 15, "--json").stdout)["blocks"]
+        assert all(block["escalated"] == (block["uncertainty"] > UGSDConfig().entropy_threshold) for block in blocks)
+        assert all(len(block["draft_tokens"]) <= 5 for block in blocks)
+
+
 class TestReport:
     def test_compares_three_ways(self, run: Run, clips_folder: Path, tmp_path: Path) -> None:
         clips = sorted(clips_folder.glob("*.flac"))[:2]
