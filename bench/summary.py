@@ -97,19 +97,24 @@ def share_of_floor(row: Row) -> str:
     return f"{row['floor']['share']['median']:.0%}" if row["bytes"] >= MEASURABLE else "–"
 
 
-def machine_lines(machine: Row, conditions: Row, preemptions: int) -> list[str]:
-    """Return what was measured on, as a list."""
+def machine_lines(machine: Row, conditions: Sequence[Row]) -> list[str]:
+    """Return what was measured on and under which conditions of each run, as a list."""
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in machine["caches"].items())
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("ugsd_fast", "torch", "transformers", "numpy", "python")
     )
-    thresholds = "raised to 1 GiB" if conditions["malloc_thresholds_raised"] else "at their defaults"
+    thresholds = (
+        "raised to 1 GiB" if all(one["malloc_thresholds_raised"] for one in conditions) else "at their defaults"
+    )
+    rounds = sorted({one["rounds"] for one in conditions})
+    loads = [one["load_before"] for one in conditions]
     return [
         f"- {machine['cpu']}, {machine['cores']} cores ({', '.join(machine['simd'])}; the C++ ops chose "
         f"{machine['isa']}), {caches}, {machine['memory_gib']} GiB",
         f"- {versions}, {machine['libc']}; transparent huge pages `{machine['huge_pages']}`",
-        f"- malloc's mmap and trim thresholds {thresholds}; {conditions['rounds']} rounds; load of the machine before "
-        f"the runs {conditions['load_before']:.1f}, preemptions during them {preemptions}",
+        f"- malloc's mmap and trim thresholds {thresholds}; {' or '.join(map(str, rounds))} rounds; load of the "
+        f"machine before the runs {min(loads):.1f} to {max(loads):.1f} (a quiet one has less than 1), preemptions during them "
+        f"{sum(one['preemptions'] for one in conditions)}",
     ]
 
 
@@ -177,14 +182,13 @@ def overhead_lines(overhead: Row) -> list[str]:
 
 def document(kernels: Row, overhead: Row | None) -> str:
     """Return ``docs/benchmarks.md``."""
-    conditions = kernels["runs"][0]["conditions"]
-    preemptions = sum(run["conditions"]["preemptions"] for run in kernels["runs"])
+    conditions = [run["conditions"] for run in kernels["runs"]]
     lines = [
         "# Benchmarks of the ops",
         "",
         f"Written by `make bench` ({kernels['date']}); the numbers are in `bench/results/kernels.json`.",
         "",
-        *machine_lines(kernels["machine"], conditions, preemptions),
+        *machine_lines(kernels["machine"], conditions),
         "- backends: " + ", ".join(f"`{op}` {backend}" for op, backend in backends_of(kernels).items()),
         "",
         HOW,
@@ -310,11 +314,13 @@ def draw(kernels: Row, path: Path) -> None:
             ratio = row["baselines"][headline.baseline]["ratio"]
             error = [[ratio["median"] - ratio["p10"]], [ratio["p90"] - ratio["median"]]]
             speed.barh(y, ratio["median"] - 1, left=1, xerr=error, error_kw={"lw": 0.8}, **style)
-            speed.text(ratio["p90"] * 1.06, y, f"{number(ratio['median'])}×", va="center", fontsize=8)
+            end = ratio["p90"]
             for target in row["targets"]:
                 if target["of"] == headline.baseline:
                     wanted = target["at_least"] if "at_least" in target else 1 / target["at_most"]
                     speed.plot([wanted, wanted], [y - 0.2, y + 0.2], color=BLACK, lw=1.6)
+                    end = max(end, wanted)
+            speed.text(max(end, 1) * 1.06, y, f"{number(ratio['median'])}×", va="center", fontsize=8)
             if row["bytes"] >= MEASURABLE:
                 share = row["floor"]["share"]["median"]
                 floor.barh(y, 100 * share, **style)
