@@ -113,7 +113,7 @@ def machine_lines(machine: Row, conditions: Sequence[Row]) -> list[str]:
         f"{machine['isa']}), {caches}, {machine['memory_gib']} GiB",
         f"- {versions}, {machine['libc']}; transparent huge pages `{machine['huge_pages']}`",
         f"- malloc's mmap and trim thresholds {thresholds}; {' or '.join(map(str, rounds))} rounds; load of the "
-        f"machine before the runs {min(loads):.1f} to {max(loads):.1f} (a quiet one has less than 1), preemptions during them "
+        f"machine before the runs {min(loads):.1f} to {max(loads):.1f} (quiet: below 1), preemptions during them "
         f"{sum(one['preemptions'] for one in conditions)}",
     ]
 
