@@ -388,7 +388,7 @@ class TestDemo:
         html = (tmp_path / "demo-report.html").read_text(encoding="utf-8")
         data = json.loads(html.split('id="data">')[1].split("</script>")[0])
         assert len(data["clips"]) == 4
-        assert {point["threshold"] for point in data["sweep"]} == {5.0, 0.1, 0.2, 0.7, 1.0, 1.5}
+        assert {point["threshold"] for point in data["sweep"]} == {5.0, 0.2, 1.0, 1.5}
         assert set(data["summaries"]) == {"edge", "ugsd", "verifier", "lossless"}
         for clip in data["clips"]:
             assert clip["results"]["lossless"]["tokens"] == clip["results"]["verifier"]["tokens"]

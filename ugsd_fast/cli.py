@@ -186,7 +186,7 @@ def caption(
 @app.command(epilog=EXIT_CODES)
 def demo(
     report: Annotated[Path, typer.Option(metavar="HTML", help="Where the report goes.")] = Path("demo-report.html"),
-    clips: Annotated[int, typer.Option(min=1, help="How many of the embedded clips, from the first.")] = 16,
+    clips: Annotated[int, typer.Option(min=1, help="How many of the embedded clips, from the first.")] = 24,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """Caption the embedded clips with the embedded pair, three ways, and write a report.

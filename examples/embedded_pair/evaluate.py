@@ -22,7 +22,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from transformers import DynamicCache
 
-from examples.embedded_pair.dataset import SAMPLE_RATE, load_audio, load_split
+from examples.embedded_pair.dataset import SAMPLE_RATE, load_audio, load_split, make_dataset
 from examples.embedded_pair.export import BLOCK_SIZE, RANK
 from examples.embedded_pair.report import write_reports
 from ugsd_fast import AudioLM, Decoder, UGSDConfig, ops
@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("build/embedded_pair"))
     parser.add_argument("--limit", type=int, help="clips of each split, for a quick look")
     arguments = parser.parse_args()
+    make_dataset(arguments.work_dir / "data", train_shards=0)
     evaluate_pair(arguments.work_dir, arguments.limit)
 
 

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import soundfile
-import torch
 
 from examples.embedded_pair.captions import MAX_NEW_TOKENS, PROMPT, build_processor, build_tokenizer
 from examples.embedded_pair.dataset import SAMPLE_RATE, load_audio, load_split, plan
-from examples.embedded_pair.train import RECIPES, build_model
+from examples.embedded_pair.train import RECIPES, build_model, load_checkpoint
 from ugsd_fast.demo import CLIPS_FOLDER, PAIR_FOLDER
 
 BLOCK_SIZE, RANK = 5, 1
@@ -30,15 +29,15 @@ def export_models(work: Path, shards: int, target: Path = PAIR_FOLDER) -> dict[s
     processor = build_processor(tokenizer)
     training = {}
     for name, recipe in RECIPES.items():
-        saved = torch.load(work / "training" / f"{name}.pt", weights_only=True)
-        model = build_model(recipe, tokenizer, grown=saved["step"] > recipe.stages["growing"][0])
-        model.load_state_dict(saved["model"])
+        saved = load_checkpoint(work / "training" / f"{name}.safetensors")
+        model = build_model(recipe, tokenizer, grown=saved.step > recipe.stages["growing"][0])
+        model.load_state_dict(saved.part("model"))
         folder = target / name
         model.half().save_pretrained(folder)
         processor.save_pretrained(folder)
         training[name] = {
             **asdict(recipe),
-            "steps_done": saved["step"],
+            "steps_done": saved.step,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return training

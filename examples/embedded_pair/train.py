@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
@@ -367,6 +369,46 @@ def evaluate(model: Qwen2AudioForConditionalGeneration, heads: Heads, corpus: Co
     return {"loss": round(loss / tokens, 5), "token_accuracy": round(right / tokens, 5), **shares}
 
 
+@dataclass
+class Checkpoint:
+    """A training that was cut off: steps done, and tensors named ``model.*``, ``heads.*`` and ``optimizer.<i>.*``."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one part, by the names that they have in it."""
+        return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the optimizer's moments back."""
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in self.part("optimizer").items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def save_checkpoint(
+    path: Path, step: int, model: nn.Module, heads: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write a `Checkpoint`; the one before it stays until this one is whole."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    unfinished = path.with_suffix(".tmp")
+    # Tied weights share memory, which safetensors refuses.
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, unfinished, {"step": str(step)})
+    unfinished.replace(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote."""
+    with safe_open(path, "pt") as file:
+        return Checkpoint(int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Mean of the gradients over the workers."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -405,14 +447,14 @@ def train(
         The trained model, in evaluation mode.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
-    done = saved["step"] if saved else 0
+    checkpoint, log = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
+    saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+    done = saved.step if saved else 0
     model = build_model(recipe, tokenizer, grown=done > recipe.stages["growing"][0])
     heads = Heads(recipe.audio_width)
     if saved:
-        model.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
+        model.load_state_dict(saved.part("model"))
+        heads.load_state_dict(saved.part("heads"))
     for stage, (first, last) in recipe.stages.items():
         if done >= last:
             continue
@@ -423,7 +465,7 @@ def train(
         trained = [p for p in [*learning.parameters(), *heads.parameters()] if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
         if saved and first < done < last:
-            optimizer.load_state_dict(saved["optimizer"])
+            saved.restore(optimizer)
         batches = corpus.batches(recipe.batch_size, recipe.seed, start=max(first, done))
         rank, workers = dist.get_rank(), dist.get_world_size()
         begun, mean = time.perf_counter(), 0.0
@@ -449,8 +491,7 @@ def train(
             optimizer.step()
             mean += loss.item()
             if rank == 0 and ((step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == last):
-                state = {"model": model.state_dict(), "heads": heads.state_dict()}
-                torch.save({"step": step + 1, **state, "optimizer": optimizer.state_dict()}, checkpoint)
+                save_checkpoint(checkpoint, step + 1, model, heads, optimizer)
                 seconds = round(time.perf_counter() - begun, 1)
                 report = {"stage": stage, "step": step + 1, "seconds": seconds, "loss": mean}
                 report |= {split: evaluate(model, heads, held_out) for split, held_out in watch.items()}

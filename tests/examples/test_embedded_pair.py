@@ -12,6 +12,7 @@ import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from examples.embedded_pair.captions import PROMPT, audio_tokens, prompt_ids
+from examples.embedded_pair.train import load_checkpoint, save_checkpoint
 from ugsd_fast.demo import CLIPS_FOLDER, PAIR_FOLDER, clips, load_pair
 from ugsd_fast.demo.attributes import EMOTIONS, compose, parse
 
@@ -99,3 +100,30 @@ def test_the_pair_captions_a_clip_within_the_grammar():
     result = decoder.generate(clips()[0].path, prompt=pair.prompt, max_new_tokens=pair.max_new_tokens)
     assert None not in {value for name, value in parse(result.text).items() if name != "intensity"}
     assert result.tokens[-1] in decoder.eos_token_ids
+
+
+def test_a_training_goes_on_from_its_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model, heads = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        heads(model(torch.ones(4, 3))).square().sum().backward()
+        optimizer.step()
+
+    step()
+    save_checkpoint(tmp_path / "m.safetensors", 1, model, heads, optimizer)
+    step()
+    expected = [parameter.detach().clone() for parameter in parameters]
+
+    saved = load_checkpoint(tmp_path / "m.safetensors")
+    assert saved.step == 1
+    model.load_state_dict(saved.part("model"))
+    heads.load_state_dict(saved.part("heads"))
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    saved.restore(optimizer)
+    step()
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, expected, strict=True))
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Method = Literal["edge", "ugsd", "verifier", "lossless"]
 THREE_WAYS: tuple[Method, ...] = ("edge", "ugsd", "verifier")
 FOUR_WAYS: tuple[Method, ...] = (*THREE_WAYS, "lossless")
-DEMO_THRESHOLDS = (0.1, 0.2, 0.7, 1.0, 1.5)  # nats
+DEMO_THRESHOLDS = (0.2, 1.0, 1.5)  # nats
 
 Matches = Callable[[str, str], Mapping[str, bool]]
 """(caption, reference) -> whether each attribute that the reference states is stated alike."""
