@@ -215,6 +215,7 @@ def measure(work: Path, pair: EmbeddedPair, name: str, limit: int | None) -> dic
     verifier_captions = [result.tokens for result in results["verifier"]]
     return {
         "clips": len(clips),
+        "sweep_clips": min(limit or UNTIMED_LIMIT, len(clips)),
         "methods": methods,
         "sweep": sweep(work, (name,), [(rank, t) for rank in (1, 20) for t in THRESHOLDS], limit or UNTIMED_LIMIT),
         "speed": speedups({name: [one.metrics.latency for one in found] for name, found in results.items()}),

@@ -143,7 +143,7 @@ def write_reports(results: dict[str, Any]) -> None:
         tables += ["###" + body[0], *body[1:]]
         document += ["", "##" + body[0], *body[1:]]
         document += ["Accuracy by attribute:", "", *_attributes_table(split), ""]
-        document += ["Thresholds:", "", *_sweep_table(split)]
+        document += [f"Thresholds (UGSD on the first {split['sweep_clips']} of these clips):", "", *_sweep_table(split)]
     document += [
         "",
         "Latency: median over the clips, from waveform to caption, methods taking turns clip by clip; a speed-up is "

@@ -1,7 +1,7 @@
 """The embedded pair: two small audio-language models and held-out clips that ship with the library.
 
 They make the library's main job run offline, within seconds, on any CPU; how they were made and what they cannot do is
-in ``pair/README.md``.
+in ``pair/MODEL_CARD.md``.
 """
 
 from __future__ import annotations
