@@ -18,19 +18,10 @@ from pathlib import Path
 
 from bench import summary
 from bench.harness import SCHEMA, Row, machine, now
+from ugsd_fast.ops.backend import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-OPS = (
-    "token_stats",
-    "logprob_rank",
-    "filter_logits",
-    "sample",
-    "gate_block",
-    "accept_block",
-    "kv_compact",
-    "lm_head_stats",
-)
 
 
 def run_module(module: str, threads: int, options: Sequence[str]) -> Row:
