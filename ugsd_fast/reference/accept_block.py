@@ -30,8 +30,9 @@ class Acceptance(NamedTuple):
         The correction at the first rejection, or the bonus token when all were kept (int64); -1 where there is none.
     accept_prob
         Probability with which each position was accepted: 0 or 1 for the rules that draw nothing. ``exact``:
-        ``min(1, p/q)`` up to the first rejection, 0 after it. ``block``: ``h_i`` from the last accepted position on,
-        1 before it.
+        ``min(1, p/q)`` up to the first rejection, 0 after it. ``block``: 1 before the last accepted position,
+        ``h_i`` there, and behind it ``h_i`` where ``u_i < w_i`` and 0 where not: ``h_i <= w_i``, so that such a
+        position is rejected without its residual.
     """
 
     num_accepted: Tensor
@@ -150,7 +151,8 @@ def _speculative(
         h = torch.where(prefix == lengths.unsqueeze(-1), w, h)
         success = (uniforms[:, :block] < h[:, 1:]) & (prefix[1:] <= lengths.unsqueeze(-1))
         num_accepted = (success * prefix[1:]).amax(-1) if block else torch.zeros_like(lengths)
-        accept_prob = torch.where(prefix[1:] < num_accepted.unsqueeze(-1), 1.0, h[:, 1:])
+        in_question = torch.where(uniforms[:, :block] < w[:, 1:], h[:, 1:], 0.0)
+        accept_prob = torch.where(prefix[1:] < num_accepted.unsqueeze(-1), 1.0, in_question)
         accept_prob = torch.where(prefix[1:] <= lengths.unsqueeze(-1), accept_prob, 0.0)
         weight = w.gather(-1, num_accepted.unsqueeze(-1)).squeeze(-1)
 

@@ -35,19 +35,19 @@ struct AcceptBlockArgs {
 
 namespace detail {
 
-// A softmax row: p(v) = exp(z_v - reference) * factor.
+// A softmax row: p(v) = exp(z_v - logsumexp).
 struct Softmax {
-  float reference;
-  double factor;
+  double logsumexp;
+  bool read;
 
-  UGSD_INLINE bool empty() const { return !(reference > -kInfinity); }
+  UGSD_INLINE bool empty() const { return !(logsumexp > -kInfinity); }
   template <class T>
   UGSD_INLINE double operator()(const T* z, int64_t column) const {
-    return empty() ? 0 : std::exp(static_cast<double>(logit(z, column)) - reference) * factor;
+    return empty() ? 0 : std::exp(logit(z, column) - logsumexp);
   }
 };
 
-constexpr Softmax kUnread{0, -1};
+constexpr Softmax kUnread{0, false};
 
 struct Verdict {
   int64_t accepted, next;
@@ -67,7 +67,7 @@ class Acceptor {
     p_ = static_cast<Softmax*>(scratch(3, rows * (2 * sizeof(Softmax) + sizeof(double))));
     q_ = p_ + rows;
     weights_ = reinterpret_cast<double*>(q_ + rows);
-    for (size_t i = 0; i < rows; ++i) q_[i] = kUnread;
+    for (size_t i = 0; i < rows; ++i) p_[i] = q_[i] = kUnread;
     for (int64_t i = 0; i < args.block; ++i) args.accept_prob[b * args.block + i] = 0;
   }
 
@@ -108,26 +108,29 @@ class Acceptor {
   template <Moment kMoment, class T>
   Softmax softmax(const T* z) {
     each_block([&](int64_t j, int64_t begin, int64_t n) { sums_[j] = block_sums<S, kMoment>(z + begin, n, 1.0f); });
-    const float max = sums_[top_block(sums_, blocks_)].max;
+    const double reference = row_reference(sums_, blocks_);
     double mass = 0;
-    for (int64_t j = 0; j < blocks_; ++j) mass += weight_of(sums_[j], max, 1.0f) * sums_[j].mass;
-    return {max, 1 / mass};
+    for (int64_t j = 0; j < blocks_; ++j) mass += weight_of(sums_[j], reference, 1.0f) * sums_[j].mass;
+    return {reference + std::log(mass), true};
   }
 
   // The drafter's softmax at position i, whose row is read once at most.
   const Softmax& draft_softmax(int64_t i) {
-    if (q_[i].factor != kUnread.factor) return q_[i];
-    q_[i] = args_.draft_logsumexp ? Softmax{args_.draft_logsumexp[b_ * args_.block + i], 1}
+    if (q_[i].read) return q_[i];
+    q_[i] = args_.draft_logsumexp ? Softmax{args_.draft_logsumexp[b_ * args_.block + i], true}
                                   : with_draft(i, [&](const auto* z) { return softmax<Moment::kSkip>(z); });
     return q_[i];
   }
 
   int64_t argmax(int64_t i) {
     const P* z = target(i);
-    each_block([&](int64_t j, int64_t begin, int64_t n) { sums_[j].max = block_max<S>(z + begin, n); });
-    const int64_t top = top_block(sums_, blocks_);
-    if (sums_[top].max == -kInfinity) return -1;
-    return top * kBlock + find_first<S>(z + top * kBlock, block_size(columns_, top), sums_[top].max);
+    each_block([&](int64_t j, int64_t begin, int64_t n) { masses_[j] = block_max<S>(z + begin, n); });
+    int64_t top = 0;
+    for (int64_t j = 1; j < blocks_; ++j)
+      if (masses_[j] > masses_[top]) top = j;
+    const auto max = static_cast<float>(masses_[top]);
+    if (max == -kInfinity) return -1;
+    return top * kBlock + find_first<S>(z + top * kBlock, block_size(columns_, top), max);
   }
 
   int64_t rank(int64_t i) {
@@ -169,16 +172,27 @@ class Acceptor {
       return p > std::fmin(limit, slack * std::exp(-stats.entropy));
     }
     const Softmax p = softmax<Moment::kSkip>(z);
-    return p(z, token(i)) >= p.factor - slack;  // the maximum has probability exp(0) * factor
+    return p(z, token(i)) >= p(z, argmax(i)) - slack;
   }
 
-  // Reads the verifier's row i and returns p(x) / q(x), 0 for an impossible token.
-  double ratio(int64_t i) {
-    p_[i] = softmax<Moment::kSkip>(target(i));
-    const double p = inside(i) ? p_[i](target(i), token(i)) : 0;
-    if (!(p > 0) || !args_.draft.data) return p;
+  const Softmax& target_softmax(int64_t i) {
+    if (!p_[i].read) p_[i] = softmax<Moment::kSkip>(target(i));
+    return p_[i];
+  }
+
+  // q of the drafted token, 0 for an impossible one.
+  double draft_probability(int64_t i) {
+    if (!inside(i)) return 0;
+    if (!args_.draft.data) return 1;
     const Softmax& softmax = draft_softmax(i);
-    const double q = with_draft(i, [&](const auto* z) { return softmax(z, token(i)); });
+    return with_draft(i, [&](const auto* z) { return softmax(z, token(i)); });
+  }
+
+  // p(x) / q(x), 0 for an impossible token.
+  double ratio(int64_t i) {
+    const double p = inside(i) ? target_softmax(i)(target(i), token(i)) : 0;
+    if (!(p > 0)) return 0;
+    const double q = draft_probability(i);
     return q > 0 ? p / q : 0;
   }
 
@@ -194,23 +208,37 @@ class Acceptor {
   }
 
   Verdict block() {
-    // A weight of 0 stays 0, and no row behind it can matter.
+    // Rows are read for the weights while a longer prefix can still be kept.
     int64_t accepted = 0;
     weights_[0] = 1;
-    for (; accepted < length_ && weights_[accepted] > 0; ++accepted)
+    for (; accepted < length_ && longer_prefix_possible(accepted); ++accepted)
       weights_[accepted + 1] = std::fmin(1, weights_[accepted] * ratio(accepted));
-    // Scanned from the right: the last prefix whose uniform is under h is kept.
-    for (;; --accepted) {
-      const double w = weights_[accepted];
-      const double s = accepted < length_ && w > 0 ? residual(accepted, w) : 0;
-      if (accepted == 0) break;
+    // Scanned from the right: the last prefix whose uniform is under h is kept. h is w at most, so that a uniform of w
+    // or more needs no residual.
+    for (; accepted > 0; --accepted) {
+      const double w = weights_[accepted], u = draw(accepted - 1);
+      if (!(u < w)) continue;
+      const double s = accepted < length_ ? residual(accepted, w) : 0;
       const double h = accepted == length_ ? w : s + 1 - w > 0 ? s / (s + 1 - w) : 1;
       accept_prob(accepted - 1) = static_cast<float>(h);
-      if (draw(accepted - 1) < h) break;
+      if (u < h) break;
     }
     for (int64_t i = 0; i + 1 < accepted; ++i) accept_prob(i) = 1;
-    if (accepted < length_) return {accepted, draw_residual(accepted, weights_[accepted])};
-    return {accepted, wants_next(accepted) ? bonus() : -1};
+    if (accepted == length_) return {accepted, wants_next(accepted) ? bonus() : -1};
+    if (accepted == 0) residual(0, 1);
+    return {accepted, draw_residual(accepted, weights_[accepted])};
+  }
+
+  // Whether a prefix of more than i tokens can pass: p is 1 at most, which bounds the weights by the drafter's
+  // probabilities alone.
+  bool longer_prefix_possible(int64_t i) {
+    double bound = weights_[i];
+    for (; i < length_ && bound > 0; ++i) {
+      const double q = draft_probability(i);
+      bound = q > 0 ? std::fmin(1, bound / q) : 0;
+      if (draw(i) < bound) return true;
+    }
+    return false;
   }
 
   int64_t bonus() {
@@ -218,63 +246,102 @@ class Acceptor {
     return draw_token<S>(target(length_), columns_, sums_, 1.0f, draw(args_.block));
   }
 
-  // max(0, w p - q) of columns first, first + 1, ... of one row; q is null for a certain drafter.
-  template <class Q>
-  class Residual {
+  // Vectors of a row's probabilities times a weight, exactly 0 for masked columns and past the row's end.
+  template <class T>
+  class Probabilities {
    public:
-    Residual(const P* p, const Q* q, double w, const Softmax& p_softmax, const Softmax& q_softmax, int64_t token)
-        : p_(p),
-          q_(q),
-          token_(token),
-          p_reference_(S::set(p_softmax.reference)),
-          p_factor_(S::set(static_cast<float>(w * p_softmax.factor))),
-          q_reference_(S::set(q_softmax.empty() ? 0 : q_softmax.reference)),
-          q_factor_(S::set(q_softmax.empty() ? 0 : static_cast<float>(q_softmax.factor))) {}
+    Probabilities(const T* z, const Softmax& softmax, double weight)
+        : z_(z), near_(near(softmax)), exp2_(octaves_of(1), near_) {
+      factor_ =
+          S::set(softmax.empty() ? 0 : static_cast<float>(weight * std::exp(exp2_.reference() - softmax.logsumexp)));
+    }
+    static bool fits(const Softmax& softmax) {
+      return near(softmax) < 1e30f && typename S::Exp2(octaves_of(1), near(softmax)).exact();
+    }
 
-    typename S::Float operator()(int64_t first, int64_t end) const {
-      const int n = static_cast<int>(end - first);
-      const auto p = S::mul(mass(p_ + first, n, p_reference_), p_factor_);
-      if (!q_) return without_token(p, first);
-      const auto q = S::mul(mass(q_ + first, n, q_reference_), q_factor_);
-      return S::max(S::sub(p, q), S::set(0));
+    typename S::Float operator()(int64_t column, int64_t end) const {
+      return S::mul(exp2_.masked(S::load_partial(z_ + column, static_cast<int>(end - column), -kInfinity)), factor_);
     }
 
    private:
-    template <class T>
-    typename S::Float mass(const T* z, int n, typename S::Float reference) const {
-      const auto lowest = S::set(simd::kLowest);
-      const auto d = S::sub(S::min(S::set(kLargest), S::load_partial(z, n, -kInfinity)), reference);
-      return S::select(S::greater(d, lowest), exp_(S::max(d, lowest)), S::set(0));
-    }
-    // A certain drafter's q is 1 at its token: nothing of p is left there.
-    typename S::Float without_token(typename S::Float p, int64_t first) const {
-      if (token_ < first || token_ >= first + S::kLanes) return p;
-      alignas(64) float lanes[S::kLanes];
-      S::store(lanes, p);
-      lanes[token_ - first] = 0;
-      return S::load(static_cast<const float*>(lanes));
+    static float near(const Softmax& softmax) {
+      return softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp);
     }
 
-    const P* p_;
-    const Q* q_;
-    int64_t token_;
-    typename S::Float p_reference_, p_factor_, q_reference_, q_factor_;
+    const T* z_;
+    float near_;
+    typename S::Exp2 exp2_;
+    typename S::Float factor_;
+  };
+
+  // The same where the logits are huge or there are none.
+  template <class T>
+  class FarProbabilities {
+   public:
+    FarProbabilities(const T* z, const Softmax& softmax, double weight)
+        : z_(z), near_(S::set(softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp))) {
+      factor_ = S::set(softmax.empty() ? 0 : static_cast<float>(weight));
+    }
+
+    typename S::Float operator()(int64_t column, int64_t end) const {
+      const auto z = S::load_partial(z_ + column, static_cast<int>(end - column), -kInfinity);
+      const auto d = S::sub(S::min(S::set(kLargest), z), near_), lowest = S::set(simd::kLowest);
+      return S::mul(S::select(S::greater(d, lowest), exp_(S::max(d, lowest)), S::set(0)), factor_);
+    }
+
+   private:
+    const T* z_;
+    typename S::Float near_, factor_;
     typename S::Exp exp_{1.0f};
+  };
+
+  // max(0, w p - q)
+  template <class Left, class Right>
+  struct Residual {
+    Left p;
+    Right q;
+
+    typename S::Float operator()(int64_t column, int64_t end) const {
+      return S::max(S::sub(p(column, end), q(column, end)), S::set(0));
+    }
+  };
+
+  // A certain drafter's q is 1 at its token: nothing of p is left there.
+  template <class Left>
+  struct ResidualOfToken {
+    Left p;
+    int64_t token;
+
+    typename S::Float operator()(int64_t column, int64_t end) const {
+      const auto x = p(column, end);
+      if (token < column || token >= column + S::kLanes) return x;
+      alignas(64) float lanes[S::kLanes];
+      S::store(lanes, x);
+      lanes[token - column] = 0;
+      return S::load(static_cast<const float*>(lanes));
+    }
   };
 
   // f(the residual of row i)
   template <class F>
   auto with_residual(int64_t i, double w, const F& f) {
-    if (!args_.draft.data) return f(Residual<float>(target(i), nullptr, w, p_[i], Softmax{0, 0}, token(i)));
+    const Softmax& p = target_softmax(i);
+    const bool fits = Probabilities<P>::fits(p);
+    if (!args_.draft.data) {
+      if (fits) return f(ResidualOfToken<Probabilities<P>>{{target(i), p, w}, token(i)});
+      return f(ResidualOfToken<FarProbabilities<P>>{{target(i), p, w}, token(i)});
+    }
     const Softmax& q = draft_softmax(i);
-    return with_draft(
-        i, [&](const auto* z) { return f(Residual<std::decay_t<decltype(*z)>>(target(i), z, w, p_[i], q, token(i))); });
+    return with_draft(i, [&](const auto* z) {
+      using Q = std::decay_t<decltype(*z)>;
+      if (fits && Probabilities<Q>::fits(q))
+        return f(Residual<Probabilities<P>, Probabilities<Q>>{{target(i), p, w}, {z, q, 1}});
+      return f(Residual<FarProbabilities<P>, FarProbabilities<Q>>{{target(i), p, w}, {z, q, 1}});
+    });
   }
 
   // Residual mass of row i by block into masses_, and its sum.
   double residual(int64_t i, double w) {
-    for (int64_t j = 0; j < blocks_; ++j) masses_[j] = 0;
-    if (p_[i].empty()) return 0;
     with_residual(i, w, [&](const auto& r) {
       each_block([&](int64_t j, int64_t begin, int64_t n) {
         auto even = S::set(0), odd = even;

@@ -7,11 +7,12 @@
 
 namespace ugsd::detail {
 
-// Sums of one block of columns; d = z - max, e = exp(d / T).
+// Sums of one block of columns; d = z - reference, e = exp(d / T).
 struct BlockSums {
-  double mass;    // sum of e
-  double moment;  // sum of d e
-  float max;      // -inf where every column is masked
+  double mass;       // sum of e
+  double moment;     // sum of d e
+  double reference;  // within some nats of the block's maximum; -inf where every column is masked
+  float bound;       // no column is larger
 };
 
 enum class Moment { kSkip, kSum };
@@ -27,6 +28,22 @@ static inline float inverse_temperature(float t) {
 // constants made of it would overflow.
 static inline float exp_scale(float scale) { return scale < 1e-18f ? 1e-18f : scale > 1e18f ? 1e18f : scale; }
 
+// Smallest float32 not under x.
+static inline float round_up(double x) {
+  const float f = static_cast<float>(x);
+  return f < x ? std::nextafter(f, kInfinity) : f;
+}
+
+// Over log2 x by 0.087 at most, the chord's distance from the curve and room for the rounding of x.
+static inline double log2_bound(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<double>(bits) * 0x1p-23 - 127 + 0.0861;
+}
+
+// Octaves a logit: e^(z / T) = 2^(octaves z).
+static inline float octaves_of(float scale) { return static_cast<float>(scale * 1.4426950408889634); }
+
 static inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
 
 static inline int64_t block_size(int64_t columns, int64_t block) {
@@ -34,96 +51,171 @@ static inline int64_t block_size(int64_t columns, int64_t block) {
   return left < kBlock ? left : kBlock;
 }
 
-enum class Pass { kKnownMax, kFindMax };
-
-// Adds e and d e of the columns to the sums, d = z - reference. A known maximum is the reference, or is over it by
-// nothing; kFindMax takes any reference near the maximum and returns what that turned out to be.
-template <class S, Moment kMoment, Pass kPass = Pass::kKnownMax, class T>
-float add_sums(const T* z, int64_t n, float reference, float scale, double& mass, double& moment) {
+// Sums by lane of up to four vectors at a time. They are flushed every 64 vectors, as short sums of short sums: where a
+// lane holds a large term, many equal small ones would all round the same way.
+template <class S, Moment kMoment>
+struct LaneSums {
   using F = typename S::Float;
-  scale = exp_scale(scale);
-  const typename S::Exp exp(scale);
-  const F from = S::set(reference), lowest = S::set(simd::kLowest / scale), largest = S::set(kLargest);
-  F mass0 = S::set(0), mass1 = mass0, moment0 = mass0, moment1 = mass0;
-  F max0 = S::set(-kInfinity), max1 = max0, a, b;
-  const auto add = [&](F x, F& total, F& weighted, F& max) {
-    if (kPass == Pass::kFindMax)
-      max = S::max(x, max);
-    else
-      x = S::min(largest, x);
-    const F d = S::max(S::sub(x, from), lowest);  // NaN and -inf end here, with nothing left to add
-    const F e = exp(d);
-    total = S::add(total, e);
-    if (kMoment == Moment::kSum) weighted = S::fma(d, e, weighted);
-  };
-  constexpr int kStep = 2 * S::kLanes;
-  // Short sums of short sums: where a lane holds a large term, many equal small ones would all round the same way.
-  constexpr int64_t kStretch = 64 * S::kLanes;
-  F masses = S::set(0), moments = masses;
-  const auto flush = [&] {
-    masses = S::add(masses, S::add(mass0, mass1));
-    if (kMoment == Moment::kSum) moments = S::add(moments, S::add(moment0, moment1));
-    mass0 = mass1 = moment0 = moment1 = S::set(0);
-    if (S::kLanes >= 8) return;  // narrow vectors have many stretches in a block
-    mass += S::sum(masses);
-    if (kMoment == Moment::kSum) moment += S::sum(moments);
-    masses = moments = S::set(0);
-  };
+  F mass[4], moment[4];
+
+  LaneSums() { clear(); }
+
+  void flush() {
+    masses_ = S::add(masses_, S::add(S::add(mass[0], mass[1]), S::add(mass[2], mass[3])));
+    if (kMoment == Moment::kSum)
+      moments_ = S::add(moments_, S::add(S::add(moment[0], moment[1]), S::add(moment[2], moment[3])));
+    clear();
+    if (S::kLanes < 8) widen();  // narrow vectors have many stretches in a block
+  }
+
+  F largest_mass() const { return S::max(S::max(mass[0], mass[1]), S::max(mass[2], mass[3])); }
+  double total_mass() {
+    widen();
+    return total_mass_;
+  }
+  double total_moment() const { return total_moment_; }
+
+ private:
+  void clear() {
+    mass[0] = mass[1] = mass[2] = mass[3] = S::set(0);
+    moment[0] = moment[1] = moment[2] = moment[3] = S::set(0);
+  }
+  void widen() {
+    total_mass_ += S::sum(masses_);
+    if (kMoment == Moment::kSum) total_moment_ += S::sum(moments_);
+    masses_ = moments_ = S::set(0);
+  }
+
+  F masses_ = S::set(0), moments_ = S::set(0);
+  double total_mass_ = 0, total_moment_ = 0;
+};
+
+// Calls f(vector, k) with k = 0 to 3 in turn for all columns, -inf past the last, and flush() after every 64 vectors.
+template <class S, class T, class F, class Flush>
+UGSD_INLINE void for_vectors(const T* z, int64_t n, const F& f, const Flush& flush) {
+  constexpr int64_t kPair = 2 * S::kLanes, kStretch = 64 * S::kLanes;
+  typename S::Float a, b;
   int64_t i = 0;
-  while (i + 2 * kStep <= n) {
+  while (i + 2 * kPair <= n) {
     const int64_t end = n - i < kStretch ? n : i + kStretch;
-    for (; i + 2 * kStep <= end; i += 2 * kStep) {
+    for (; i + 2 * kPair <= end; i += 2 * kPair) {
       S::load_pair(z + i, a, b);
-      add(a, mass0, moment0, max0);
-      add(b, mass1, moment1, max1);
-      S::load_pair(z + i + kStep, a, b);
-      add(a, mass0, moment0, max0);
-      add(b, mass1, moment1, max1);
+      f(a, 0);
+      f(b, 1);
+      S::load_pair(z + i + kPair, a, b);
+      f(a, 2);
+      f(b, 3);
     }
     flush();
   }
-  for (; i < n; i += S::kLanes) add(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), mass0, moment0, max0);
+  for (; i < n; i += S::kLanes) f(S::load_partial(z + i, static_cast<int>(n - i), -kInfinity), 0);
   flush();
-  mass += S::sum(masses);
-  if (kMoment == Moment::kSum) moment += S::sum(moments);
-  return S::maximum(S::max(max0, max1));
 }
 
-// The sums of a block in one pass, relative to a guess of its maximum, and moved to the maximum after. Only a block
-// whose first columns tell too little is read again.
+// Adds e and d e of the columns to the sums, d = z - max of columns that are max at most.
+template <class S, Moment kMoment, class T>
+void add_sums(const T* z, int64_t n, float max, float scale, double& mass, double& moment) {
+  using F = typename S::Float;
+  scale = exp_scale(scale);
+  const typename S::Exp exp(scale);
+  const F from = S::set(max), lowest = S::set(simd::kLowest / scale), largest = S::set(kLargest);
+  LaneSums<S, kMoment> sums;
+  for_vectors<S>(
+      z, n,
+      [&](F x, int k) {
+        // NaN and -inf end at the lowest, with nothing left to add.
+        const F d = S::max(S::sub(S::min(largest, x), from), lowest);
+        const F e = exp(d);
+        sums.mass[k] = S::add(sums.mass[k], e);
+        if (kMoment == Moment::kSum) sums.moment[k] = S::fma(d, e, sums.moment[k]);
+      },
+      [&] { sums.flush(); });
+  mass += sums.total_mass();
+  if (kMoment == Moment::kSum) moment += sums.total_moment();
+}
+
+// The sums of a block in one pass relative to a `reference` near its maximum. False where there is no result: the
+// maximum is far off, or a column is masked, which makes the mass NaN.
+template <class S, Moment kMoment, class T>
+bool sums_near(const T* z, int64_t n, float reference, float scale, BlockSums& sums) {
+  using F = typename S::Float;
+  // Octaves over the reference: far from overflow, and the moment loses under a digit when it moves to the maximum.
+  constexpr float kNear = kMoment == Moment::kSum ? 0x1p13f : 0x1p60f;
+  const float octaves = octaves_of(scale);
+  const typename S::Exp2 exp2(octaves, reference);
+  if (!exp2.exact()) return false;
+  LaneSums<S, kMoment> lanes;
+  F peak = S::set(0);
+  for_vectors<S>(
+      z, n,
+      [&](F x, int k) {
+        if (kMoment == Moment::kSkip) {
+          lanes.mass[k] = exp2.add(lanes.mass[k], x);
+        } else {
+          F y;
+          const F e = exp2(x, y);
+          lanes.mass[k] = S::add(lanes.mass[k], e);
+          lanes.moment[k] = S::fma(y, e, lanes.moment[k]);
+        }
+      },
+      [&] {
+        peak = S::max(lanes.largest_mass(), peak);
+        lanes.flush();
+      });
+  // A lane's sum is no less than its largest term.
+  const float most = S::maximum(peak);
+  const double mass = lanes.total_mass();
+  sums.mass = mass;
+  if (!(mass > 0 && mass < 0x1p100 && most < kNear)) return false;
+  if (kMoment == Moment::kSum) sums.moment = (lanes.total_moment() - exp2.offset() * mass) / octaves;
+  sums.reference = exp2.reference();
+  sums.bound = round_up(sums.reference + log2_bound(most) / octaves);
+  return true;
+}
+
+// The maximum of `N` columns, and whether all of them are larger than `low`.
+template <class S, int64_t N, class T>
+bool range_of(const T* z, float low, float& max) {
+  auto most = S::load(z), least = most;
+  for (int64_t i = S::kLanes; i < N; i += S::kLanes) {
+    const auto x = S::load(z + i);
+    most = S::max(x, most);
+    least = S::min(x, least);
+  }
+  max = S::maximum(most);
+  return S::bits(S::greater(least, S::set(low))) == S::bits(S::equal(least, least)) && max < kLargest;
+}
+
+// The sums of a block, read once where its first columns tell the size of its maximum and none is masked.
 template <class S, Moment kMoment, class T>
 BlockSums block_sums(const T* z, int64_t n, float scale) {
   constexpr int64_t kGuessed = 128;
-  constexpr double kNear = 8;  // nats: far from overflow, and the moment loses under a digit by the move
-  if (n > kGuessed) {
-    const float guess = block_max<S>(z, kGuessed);
-    BlockSums sums{0, 0, 0};
-    sums.max = add_sums<S, kMoment, Pass::kFindMax>(z, n, guess, scale, sums.mass, sums.moment);
-    const double shift = static_cast<double>(guess) - sums.max;
-    if (-shift * scale < kNear && sums.max < kLargest) {
-      const double weight = std::exp(shift * scale);
-      sums.moment = weight * (sums.moment + shift * sums.mass);
-      sums.mass *= weight;
-      return sums;
-    }
+  constexpr float kFar = 1e30f;
+  float max = kInfinity, guess;
+  if (n > kGuessed && scale > 1e-6f && scale < 1e6f && range_of<S, kGuessed>(z, -kFar, guess)) {
+    BlockSums sums;
+    if (sums_near<S, kMoment>(z, n, guess, scale, sums)) return sums;
+    max = block_max<S>(z, n);
+    if (sums.mass == sums.mass && max < kFar && sums_near<S, kMoment>(z, n, max, scale, sums)) return sums;
   }
-  BlockSums sums{0, 0, block_max<S>(z, n)};
-  if (sums.max > -kInfinity) add_sums<S, kMoment>(z, n, sums.max, scale, sums.mass, sums.moment);
+  if (max == kInfinity) max = block_max<S>(z, n);
+  BlockSums sums{0, 0, max, max};
+  if (max > -kInfinity) add_sums<S, kMoment>(z, n, max, scale, sums.mass, sums.moment);
   return sums;
 }
 
-// The block that holds the row's maximum: the first of equals.
-static inline int64_t top_block(const BlockSums* blocks, int64_t count) {
-  int64_t top = 0;
-  for (int64_t j = 1; j < count; ++j)
-    if (blocks[j].max > blocks[top].max) top = j;
-  return top;
+// The largest reference of a row's blocks.
+static inline double row_reference(const BlockSums* blocks, int64_t count) {
+  double reference = -kInfinity;
+  for (int64_t j = 0; j < count; ++j)
+    if (blocks[j].reference > reference) reference = blocks[j].reference;
+  return reference;
 }
 
-// Mass of a block relative to the row's maximum.
-static inline double weight_of(const BlockSums& block, float max, float scale) {
-  if (block.max == -kInfinity) return 0;
-  return std::exp((static_cast<double>(block.max) - max) * scale);
+// What a block's mass counts relative to another reference.
+static inline double weight_of(const BlockSums& block, double reference, float scale) {
+  if (block.mass == 0) return 0;
+  return std::exp2((block.reference - reference) * octaves_of(scale));
 }
 
 }  // namespace ugsd::detail

@@ -31,14 +31,14 @@ struct RowFilter {
 };
 
 // Values of the columns at or over `bound` (and not masked), in column order; room for kLanes more must follow.
-// Blocks whose maximum is under the bound are not read.
+// Blocks that cannot reach the bound are not read.
 template <class S, class T>
 int64_t collect(const T* z, int64_t columns, const BlockSums* blocks, float bound, float* values, int32_t* numbers) {
   if (bound == -kInfinity) bound = -kLargest;
   const auto b = S::set(bound), largest = S::set(kLargest);
   int64_t count = 0;
   for (int64_t j = 0; j < blocks_of(columns); ++j) {
-    if (blocks[j].max < bound) continue;
+    if (blocks[j].bound < bound) continue;
     const int64_t end = j * kBlock + block_size(columns, j);
     for (int64_t i = j * kBlock; i < end; i += S::kLanes) {
       const auto x = S::min(largest, S::load_partial(z + i, static_cast<int>(end - i), -kInfinity));
@@ -127,12 +127,6 @@ float select_threshold(float* values, int64_t n, double target, float* spare, co
     above += scalar_weight(values[i]);
   }
   return threshold;
-}
-
-// Smallest float32 not under x.
-static inline float round_up(double x) {
-  const float f = static_cast<float>(x);
-  return f < x ? std::nextafter(f, kInfinity) : f;
 }
 
 // The lowest logit that stays in a row; -inf where the filters cut nothing.

@@ -86,14 +86,14 @@ class ColumnMass {
 template <class S, class T>
 int64_t draw_token(const T* z, int64_t columns, const BlockSums* blocks, float scale, double u) {
   const int64_t count = blocks_of(columns);
-  const float max = blocks[top_block(blocks, count)].max;
-  if (max == -kInfinity) return -1;
+  const double reference = row_reference(blocks, count);
   const BlockDraw drawn =
-      draw_block(count, u, [&](int64_t j) { return weight_of(blocks[j], max, scale) * blocks[j].mass; });
-  const BlockSums& block = blocks[drawn.block];
+      draw_block(count, u, [&](int64_t j) { return weight_of(blocks[j], reference, scale) * blocks[j].mass; });
+  if (drawn.block < 0) return -1;
   const int64_t begin = drawn.block * kBlock, n = block_size(columns, drawn.block);
-  return begin +
-         draw_column<S>(n, drawn.left / weight_of(block, max, scale), ColumnMass<S, T>(z + begin, n, block.max, scale));
+  const auto near = static_cast<float>(blocks[drawn.block].reference);
+  const double left = drawn.left * std::exp2((reference - near) * octaves_of(scale));
+  return begin + draw_column<S>(n, left, ColumnMass<S, T>(z + begin, n, near, scale));
 }
 
 }  // namespace ugsd::detail

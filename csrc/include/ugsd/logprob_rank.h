@@ -19,6 +19,9 @@ struct LogprobRankArgs {
 
 namespace detail {
 
+// A token of this log-probability is the row's maximum, whatever the rounding.
+constexpr double kLikely = -0.6;
+
 struct CountAndSums {
   int64_t greater;
   BlockSums sums;
@@ -50,12 +53,23 @@ void logprob_rank(const LogprobRankArgs& args) {
       args.logprob[r] = static_cast<float>(s - args.logsumexp[r]);
       return;
     }
-    float max = -kInfinity;
-    for (int64_t j = 0; j < count; ++j)
-      if (partials[j].sums.max > max) max = partials[j].sums.max;
-    double mass = 0;
-    for (int64_t j = 0; j < count; ++j) mass += weight_of(partials[j].sums, max, scale) * partials[j].sums.mass;
-    args.logprob[r] = static_cast<float>((static_cast<double>(z) - max) * scale - std::log(mass));
+    double reference = -kInfinity, mass = 0;
+    for (int64_t j = 0; j < count; ++j) reference = std::fmax(reference, partials[j].sums.reference);
+    for (int64_t j = 0; j < count; ++j) mass += weight_of(partials[j].sums, reference, scale) * partials[j].sums.mass;
+    double logprob = (z - reference) * scale - std::log(mass);
+    if (logprob > kLikely) {
+      // 1 - p in full: the mass beside the token, relative to the token.
+      const int64_t own = args.tokens[r] / kBlock, column = args.tokens[r] % kBlock;
+      const T* row = rows.row<T>(r) + own * kBlock;
+      double beside = 0, moment = 0;
+      for (int64_t j = 0; j < count; ++j)
+        if (j != own) beside += weight_of(partials[j].sums, z, scale) * partials[j].sums.mass;
+      add_sums<S, Moment::kSkip>(row, column, z, scale, beside, moment);
+      add_sums<S, Moment::kSkip>(row + column + 1, block_size(rows.columns, own) - column - 1, z, scale, beside,
+                                 moment);
+      logprob = -std::log1p(beside);
+    }
+    args.logprob[r] = static_cast<float>(logprob);
   };
   for_blocks_of<CountAndSums>(rows.count(), blocks_of(rows.columns), args.threads, block, finish);
 }

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cmath>
+
 #include "ugsd/simd/scalar.h"
 
 namespace ugsd::simd {
@@ -112,6 +114,52 @@ struct Avx512 {
         0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
     Float to_steps_, step_, linear_, quadratic_;
     __m512i powers_;
+  };
+
+  // e = p(r) 2^(N/16) with N = round(16 y) and the square completed: p = c2 ((r + h)^2 + g). y carries h from the
+  // start, so that r + h = (y + h) - N/16 and p is one multiply-add. `scalef` takes what underflows to 0; masked
+  // columns come out as NaN.
+  struct Exp2 {
+    Exp2(float octaves, float reference)
+        : octaves_(octaves), rounded_(std::nearbyint(reference * octaves * 16) * 0.0625f), shifted_(kH - rounded_) {}
+    bool exact() const { return std::fabs(rounded_) < 0x1p17f; }
+    double reference() const { return (kExactH - shifted_) / octaves_; }
+    static double offset() { return kExactH; }
+    Float operator()(Float z, Float& y) const {
+      Float power;
+      const Float p = split(z, y, power);
+      return mul(p, power);
+    }
+    Float masked(Float z) const {
+      Float y;
+      return max((*this)(z, y), set(0));
+    }
+    Float add(Float total, Float z) const {
+      Float y, power;
+      const Float p = split(z, y, power);
+      return fma(p, power, total);
+    }
+
+   private:
+    // Fitted to 2^r on [-1/32, 1/32]: 4.2e-7 at most, of either sign.
+    static constexpr double kExactH = 1.4427797270878637, kC2 = 0.2402265069591007;
+    static constexpr float kH = static_cast<float>(kExactH), kG = static_cast<float>(1 / kC2 - kExactH * kExactH);
+    static constexpr float kMagic = 0x1.8p19f;  // its last bit is worth 1/16
+
+    Float split(Float z, Float& y, Float& power) const {
+      y = fma(z, set(octaves_), set(shifted_));
+      const Float t = fma(z, set(octaves_), set(kMagic - rounded_));
+      const Float n = sub(t, set(kMagic)), r = sub(y, n);
+      power = _mm512_scalef_ps(_mm512_permutexvar_ps(_mm512_castps_si512(t), _mm512_load_ps(kPowers)), n);
+      return fma(r, r, set(kG));
+    }
+
+    // c2 2^(k/16)
+    alignas(64) static constexpr float kPowers[16] = {0x1.ebfbep-3f,  0x1.00e208p-2f, 0x1.0c419p-2f,  0x1.182202p-2f,
+                                                      0x1.24890ep-2f, 0x1.317caep-2f, 0x1.3f0318p-2f, 0x1.4d22cep-2f,
+                                                      0x1.5be298p-2f, 0x1.6b498ep-2f, 0x1.7b5f16p-2f, 0x1.8c2aeap-2f,
+                                                      0x1.9db51ep-2f, 0x1.b0061ep-2f, 0x1.c326b6p-2f, 0x1.d7201ap-2f};
+    float octaves_, rounded_, shifted_;
   };
 
  private:

@@ -86,20 +86,51 @@ struct Neon {
   static double sum(Float x) { return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x))); }
   static float maximum(Float x) { return vmaxvq_f32(x); }
 
+  // 2^(r + n): adding n to the exponent field multiplies by 2^n, as p is near 1 and n at least -126.
+  static Float power(Float r, Float n) {
+    Float p = set(kExp2[4]);
+    for (int i = 3; i >= 0; --i) p = fma(p, r, set(kExp2[i]));
+    p = fma(p, r, set(1.0f));
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+  }
+
   struct Exp {
     explicit Exp(float scale) : scale_(vdupq_n_f32(scale * kLog2E)) {}
     Float operator()(Float d) const {
       const Float y = mul(d, scale_), n = vrndnq_f32(y);
       const Float r = fma(d, scale_, vnegq_f32(n));  // y's own rounding does not reach r
-      Float p = set(kExp2[4]);
-      for (int i = 3; i >= 0; --i) p = fma(p, r, set(kExp2[i]));
-      p = fma(p, r, set(1.0f));
-      // Adding n to the exponent field multiplies by 2^n: p is near 1 and n is at least -126.
-      return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+      return power(r, n);
     }
 
    private:
     Float scale_;
+  };
+
+  struct Exp2 {
+    Exp2(float octaves, float reference)
+        : octaves_(octaves), shift_(reference * octaves), slope_(set(octaves)), shifts_(set(-shift_)) {}
+    bool exact() const { return true; }
+    double reference() const { return shift_ / octaves_; }
+    static double offset() { return 0; }
+    Float operator()(Float z, Float& y) const {
+      y = min(set(126), max(fma(z, slope_, shifts_), set(-126)));
+      const Float n = vrndnq_f32(y);
+      return power(sub(y, n), n);
+    }
+    Float masked(Float z) const {
+      Float y;
+      const Float e = (*this)(z, y);
+      return select(greater(y, set(-126)), e, set(0));
+    }
+    Float add(Float total, Float z) const {
+      Float y;
+      return Neon::add(total, (*this)(z, y));
+    }
+
+   private:
+    double octaves_;
+    float shift_;
+    Float slope_, shifts_;
   };
 
  private:

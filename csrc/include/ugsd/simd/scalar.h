@@ -92,19 +92,57 @@ struct Scalar {
   static double sum(Float x) { return x; }
   static float maximum(Float x) { return x; }
 
+  // 2^(r + n)
+  static Float power(Float r, Float n) {
+    float p = kExp2[4];
+    for (int i = 3; i >= 0; --i) p = p * r + kExp2[i];
+    return (p * r + 1.0f) * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  }
+
+  // The nearest integer.
+  static Float round(Float y) { return (y + 0x1.8p23f) - 0x1.8p23f; }
+
   // e^(d * scale) for d * scale in [kLowest, 0].
   struct Exp {
     explicit Exp(float scale) : scale_(scale * kLog2E) {}
     Float operator()(Float d) const {
-      const float y = d * scale_, n = (y + 0x1.8p23f) - 0x1.8p23f, r = y - n;  // n: nearest integer
-      float p = kExp2[4];
-      for (int i = 3; i >= 0; --i) p = p * r + kExp2[i];
-      const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-      return (p * r + 1.0f) * bits_to_float(exponent);
+      const float y = d * scale_, n = round(y);
+      return power(y - n, n);
     }
 
    private:
     float scale_;
+  };
+
+  // e = 2^y for y = octaves (z - reference) near 0 at most; masked columns come out as 2^-126, +inf as 2^126.
+  struct Exp2 {
+    Exp2(float octaves, float reference) : octaves_(octaves), reference_(reference) {}
+
+    // Whether the reference is one that it can work with.
+    bool exact() const { return true; }
+    double reference() const { return reference_; }
+    // y comes out with this added.
+    static double offset() { return 0; }
+
+    Float operator()(Float z, Float& y) const {
+      y = min(126, max((z - reference_) * octaves_, -126));
+      const float n = round(y);
+      return power(y - n, n);
+    }
+    // e, exactly 0 for masked columns and what is far too small.
+    Float masked(Float z) const {
+      float y;
+      const float e = (*this)(z, y);
+      return y > -126 ? e : 0;
+    }
+    // total + e
+    Float add(Float total, Float z) const {
+      float y;
+      return total + (*this)(z, y);
+    }
+
+   private:
+    float octaves_, reference_;
   };
 };
 
