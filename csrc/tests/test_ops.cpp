@@ -334,6 +334,103 @@ void test_philox() {
   expect(!std::memcmp(got.words, wanted, sizeof wanted), "philox known answer");
 }
 
+// The integers that decide which 16-bit numbers are over a float32, for all of both and what lies between two of them.
+template <class T>
+void test_stored_ranges() {
+  const auto check = [](float value, int x) {
+    if (!(value < std::numeric_limits<float>::max())) return;
+    const T stored{static_cast<uint16_t>(x)};
+    const float z = simd::to_float(stored);
+    const detail::StoredRange over = detail::stored_over<T>(value);
+    const bool inside = over.first <= stored.bits && stored.bits <= over.last, nan = z != z && stored.bits < 0x8000;
+    expect(inside == (z > value || (nan && value < 0)), "the range over a value");
+  };
+  const int infinity = detail::kStoredInfinity<T>;
+  const float limits[] = {65504.0f, 65519.9f, 65520.0f, 65535.9f, 65536.0f, 1e30f, 3.3961e38f, 3e-45f, 1e-40f, 0.0f};
+  for (int t = 0; t < 0x10000; ++t) {
+    const float value = simd::to_float(T{static_cast<uint16_t>(t)});
+    for (const float v : {value, std::nextafter(value, kInf), std::nextafter(value, -kInf)}) {
+      for (int x = t - 2; x <= t + 2; ++x) check(v, x);
+      for (const int x : {0, 1, infinity - 1, infinity, infinity + 1, 0x7fff}) {
+        check(v, x);
+        check(v, 0x8000 + x);
+      }
+    }
+    for (const float limit : limits)
+      for (const float v : {limit, -limit}) check(v, t);
+  }
+}
+
+// Every 16-bit number among others: its rank, and maximum and position of rows of them.
+template <class T>
+void test_stored(const Kernels& kernels) {
+  const int infinity = detail::kStoredInfinity<T>;
+  const auto rows_at = [](const std::vector<T>& z, int64_t rows, int64_t stride, int64_t columns) {
+    return Rows{z.data(), dtype_of<T>(), rows, 1, stride, 0, columns};
+  };
+  const auto ranks = [&](const Rows& logits, const std::vector<int64_t>& tokens) {
+    const int64_t count = logits.count();
+    const std::vector<float> logsumexp(static_cast<size_t>(count), 0.0f);
+    std::vector<float> logprob(static_cast<size_t>(count), NAN);
+    std::vector<int64_t> rank(static_cast<size_t>(count), -7);
+    kernels.logprob_rank({logits, tokens.data(), {1, nullptr}, logsumexp.data(), logprob.data(), rank.data(), 1});
+    for (int64_t r = 0; r < count; ++r) {
+      const T* z = logits.row<T>(r);
+      const float own = detail::logit(z, tokens[r]);
+      int64_t wanted = 1;
+      for (int64_t i = 0; i < logits.columns; ++i) wanted += detail::logit(z, i) > own;
+      expect(rank[r] == wanted, "rank of a 16-bit number");
+    }
+  };
+
+  std::vector<T> all(0x10000), none_over_zero;
+  for (int x = 0; x < 0x10000; ++x) {
+    all[x] = {static_cast<uint16_t>(x)};
+    if (x == 0 || x > infinity) none_over_zero.push_back(all[x]);
+  }
+  std::vector<T> shuffled = all;
+  std::shuffle(shuffled.begin(), shuffled.end(), random_bits);
+  std::shuffle(none_over_zero.begin(), none_over_zero.end(), random_bits);
+
+  std::vector<int64_t> tokens(64);
+  for (auto& token : tokens) token = static_cast<int64_t>(unit() * 0x10000);
+  for (const int x : {0, 1, infinity - 1, infinity, infinity + 1, 0x7fff})
+    for (const int sign : {0, 0x8000})
+      tokens.push_back(std::find_if(shuffled.begin(), shuffled.end(), [&](T z) { return z.bits == sign + x; }) -
+                       shuffled.begin());
+  ranks(rows_at(shuffled, static_cast<int64_t>(tokens.size()), 0, 0x10000), tokens);
+
+  // Rows that start a column apart, of an unrolled step, vectors and a rest on any instruction set.
+  const int64_t columns = 161;
+  for (std::vector<T>* z : {&all, &shuffled, &none_over_zero}) {
+    const auto count = static_cast<int64_t>(z->size());
+    for (int64_t i = 0; i + 1 < columns; ++i) z->push_back(T{(*z)[i]});
+    const Rows logits = rows_at(*z, count, 1, columns);
+    ranks(logits, std::vector<int64_t>(static_cast<size_t>(count), columns / 2));
+    std::vector<int64_t> accepted(static_cast<size_t>(count), -7), next(static_cast<size_t>(count), -7);
+    AcceptBlockArgs args{};
+    args.target = logits;
+    args.batch = count;
+    args.rule = Rule::kGreedy;
+    args.bonus = true;
+    args.num_accepted = accepted.data();
+    args.next_token = next.data();
+    args.threads = 1;
+    kernels.accept_block(args);
+    for (int64_t r = 0; r < count; ++r) {
+      int64_t wanted = -1;
+      float max = -kInf;
+      for (int64_t i = 0; i < columns; ++i) {
+        const float value = detail::logit(logits.row<T>(r), i);
+        if (!(value > max)) continue;
+        max = value;
+        wanted = i;
+      }
+      expect(next[r] == wanted, "argmax of 16-bit numbers");
+    }
+  }
+}
+
 template <class T>
 void test_dtype(const Kernels& kernels, const char* dtype) {
   const Kernels& scalar = *kernels_of("scalar");
@@ -359,6 +456,9 @@ void test_dtype(const Kernels& kernels, const char* dtype) {
 
 int main() {
   test_philox();
+  context = "ranges of 16-bit numbers";
+  test_stored_ranges<bfloat16>();
+  test_stored_ranges<float16>();
   for (const bool mask : {false, true})
     for (const Align align : {Align::kLeft, Align::kRight})
       for (const bool contiguous : {false, true}) test_kv(mask, align, contiguous);
@@ -367,6 +467,9 @@ int main() {
     test_dtype<float>(kernels, "float32");
     test_dtype<bfloat16>(kernels, "bfloat16");
     test_dtype<float16>(kernels, "float16");
+    context = std::string(kernels.isa) + " all 16-bit numbers";
+    test_stored<bfloat16>(kernels);
+    test_stored<float16>(kernels);
     std::printf("%s: %d checks, %d failures\n", *isa, checks, failures);
   }
   return failures ? 1 : 0;

@@ -138,6 +138,54 @@ struct Avx2 {
     float shift_;
     Float slope_, shifts_;
   };
+
+  // Sixteen signed lanes: bfloat16 and float16 as they are stored.
+  struct Short {
+    static constexpr int kLanes = 16;
+    using Vector = __m256i;
+    using Mask = __m256i;
+
+    static Vector set(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+
+    template <class T>
+    static Vector load(const T* p) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    template <class T>
+    static Vector load_partial(const T* p, int n, int fill) {
+      if (n >= kLanes) return load(p);
+      T lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : T{static_cast<uint16_t>(fill)};
+      return load(lanes);
+    }
+
+    static Vector add(Vector a, Vector b) { return _mm256_add_epi16(a, b); }
+    static Vector both(Vector a, Vector b) { return _mm256_and_si256(a, b); }
+    static Vector max(Vector a, Vector b) { return _mm256_max_epi16(a, b); }
+    static Vector min(Vector a, Vector b) { return _mm256_min_epi16(a, b); }
+
+    static Mask less(Vector a, Vector b) { return _mm256_cmpgt_epi16(b, a); }
+    static Mask equal(Vector a, Vector b) { return _mm256_cmpeq_epi16(a, b); }
+    static Vector count(Mask m, Vector counts) { return _mm256_sub_epi16(counts, m); }
+    static int first(Mask m) {
+      const auto bytes = static_cast<uint32_t>(_mm256_movemask_epi8(m));
+      return bytes ? __builtin_ctz(bytes) / 2 : -1;
+    }
+
+    static int64_t sum(Vector x) {
+      const __m256i eight = _mm256_madd_epi16(x, set(1));
+      __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+      four = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+      return _mm_cvtsi128_si32(four) + _mm_extract_epi32(four, 1);
+    }
+    static int maximum(Vector x) { return ~minimum(_mm256_xor_si256(x, set(-1))); }
+    static int minimum(Vector x) {
+      const __m128i eight = _mm_min_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+      // The processor finds the smallest of eight unsigned numbers.
+      const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-0x8000)));
+      return _mm_extract_epi16(smallest, 0) - 0x8000;
+    }
+  };
 };
 
 }  // namespace ugsd::simd

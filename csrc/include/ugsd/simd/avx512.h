@@ -162,6 +162,45 @@ struct Avx512 {
     float octaves_, rounded_, shifted_;
   };
 
+  // Thirty-two signed lanes: bfloat16 and float16 as they are stored.
+  struct Short {
+    static constexpr int kLanes = 32;
+    using Vector = __m512i;
+    using Mask = __mmask32;
+
+    static Vector set(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
+
+    template <class T>
+    static Vector load(const T* p) {
+      return _mm512_loadu_si512(p);
+    }
+    template <class T>
+    static Vector load_partial(const T* p, int n, int fill) {
+      if (n >= kLanes) return load(p);
+      return _mm512_mask_loadu_epi16(set(fill), (1u << n) - 1, p);
+    }
+
+    static Vector add(Vector a, Vector b) { return _mm512_add_epi16(a, b); }
+    static Vector both(Vector a, Vector b) { return _mm512_and_si512(a, b); }
+    static Vector max(Vector a, Vector b) { return _mm512_max_epi16(a, b); }
+    static Vector min(Vector a, Vector b) { return _mm512_min_epi16(a, b); }
+
+    static Mask less(Vector a, Vector b) { return _mm512_cmplt_epi16_mask(a, b); }
+    static Mask equal(Vector a, Vector b) { return _mm512_cmpeq_epi16_mask(a, b); }
+    static Vector count(Mask m, Vector counts) { return _mm512_mask_sub_epi16(counts, m, counts, set(-1)); }
+    static int first(Mask m) { return m ? __builtin_ctz(m) : -1; }
+
+    static int64_t sum(Vector x) { return _mm512_reduce_add_epi32(_mm512_madd_epi16(x, set(1))); }
+    static int maximum(Vector x) { return ~minimum(_mm512_xor_si512(x, set(-1))); }
+    static int minimum(Vector x) {
+      const __m256i half = _mm256_min_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+      const __m128i eight = _mm_min_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+      // The processor finds the smallest of eight unsigned numbers.
+      const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-0x8000)));
+      return _mm_extract_epi16(smallest, 0) - 0x8000;
+    }
+  };
+
  private:
   static __mmask16 leading(int n) { return static_cast<__mmask16>(n >= kLanes ? 0xffff : n <= 0 ? 0 : (1u << n) - 1); }
   static Float widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }

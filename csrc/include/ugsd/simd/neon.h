@@ -133,6 +133,44 @@ struct Neon {
     Float slope_, shifts_;
   };
 
+  // Eight signed lanes: bfloat16 and float16 as they are stored.
+  struct Short {
+    static constexpr int kLanes = 8;
+    using Vector = int16x8_t;
+    using Mask = uint16x8_t;
+
+    static Vector set(int x) { return vdupq_n_s16(static_cast<int16_t>(x)); }
+
+    template <class T>
+    static Vector load(const T* p) {
+      return vreinterpretq_s16_u16(vld1q_u16(&p->bits));
+    }
+    template <class T>
+    static Vector load_partial(const T* p, int n, int fill) {
+      if (n >= kLanes) return load(p);
+      T lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : T{static_cast<uint16_t>(fill)};
+      return load(lanes);
+    }
+
+    static Vector add(Vector a, Vector b) { return vaddq_s16(a, b); }
+    static Vector both(Vector a, Vector b) { return vandq_s16(a, b); }
+    static Vector max(Vector a, Vector b) { return vmaxq_s16(a, b); }
+    static Vector min(Vector a, Vector b) { return vminq_s16(a, b); }
+
+    static Mask less(Vector a, Vector b) { return vcltq_s16(a, b); }
+    static Mask equal(Vector a, Vector b) { return vceqq_s16(a, b); }
+    static Vector count(Mask m, Vector counts) { return vsubq_s16(counts, vreinterpretq_s16_u16(m)); }
+    static int first(Mask m) {
+      const uint64_t bytes = vget_lane_u64(vreinterpret_u64_u8(vmovn_u16(m)), 0);
+      return bytes ? __builtin_ctzll(bytes) / 8 : -1;
+    }
+
+    static int64_t sum(Vector x) { return vaddlvq_s16(x); }
+    static int maximum(Vector x) { return vmaxvq_s16(x); }
+    static int minimum(Vector x) { return vminvq_s16(x); }
+  };
+
  private:
   static Float widen(uint16x4_t x) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
 };

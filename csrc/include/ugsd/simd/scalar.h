@@ -144,6 +144,10 @@ struct Scalar {
    private:
     float octaves_, reference_;
   };
+
+  // Other instruction sets compare 16-bit numbers as they are stored, in signed lanes; this one makes floats of them.
+  // `both` is the bitwise and, `count` adds 1 where the mask is set, `first` is a mask's first lane or -1.
+  using Short = void;
 };
 
 }  // namespace ugsd::simd
