@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from ugsd_fast.ops.backend import extension, is_eager, register, select
 from ugsd_fast.ops.checks import check_device, check_integers, check_option
 
 ALIGNMENTS = ("left", "right")
+
+Shape = tuple[int, ...]
+Layouts = tuple[list[Shape], list[Shape]]  # shapes and strides
+
+_shape, _device, _requires_grad = map(attrgetter, ("shape", "device", "requires_grad"))
 
 
 def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Tensor:
@@ -38,7 +45,7 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
     Raises
     ------
     ValueError
-        If a shape, stride, dtype or device does not fit.
+        If a shape, stride, dtype or device does not fit, or if tensors or elements of one share memory.
 
     Examples
     --------
@@ -52,29 +59,71 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
     check_option("kv_compact", "align", align, ALIGNMENTS)
     if not kv:
         raise ValueError("kv_compact: kv is empty, expected at least one tensor [B, H, T, D]")
-    batch, _, slots, _ = kv[0].shape if kv[0].dim() == 4 else (0, 0, 0, 0)
+    if is_eager(keep) and set(map(type, kv)) == {Tensor} and not any(map(_requires_grad, kv)):
+        layouts = _layouts(kv)
+        # Layers that look like the first need no checks of their own.
+        shapes, strides = layouts
+        alike = all(column.count(column[0]) == len(kv) for column in (*layouts, list(map(_device, kv))))
+        for i in range(1 if alike else len(kv)):
+            _check(i, kv[i], shapes[i], strides[i], shapes[0], keep)
+        _check_keep(keep, shapes[0])
+        _check_distinct(kv)
+        implementation = select("kv_compact", keep.device.type)
+        return _launch(kv, layouts, keep, align) if implementation is _cpp else implementation(kv, keep, align)
     for i, tensor in enumerate(kv):
-        if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[2] != slots:
+        _check(i, tensor, tensor.shape, tensor.stride(), kv[0].shape, keep)
+    _check_keep(keep, kv[0].shape)
+    return _op(list(kv), keep, align)
+
+
+def _layouts(kv: Sequence[Tensor]) -> Layouts:
+    return list(map(_shape, kv)), list(map(Tensor.stride, kv))
+
+
+def _check(i: int, tensor: Tensor, shape: Shape, stride: Shape, first: Shape, keep: Tensor) -> None:
+    batch, slots = (first[0], first[2]) if len(first) == 4 else (0, 0)
+    if len(shape) != 4 or shape[0] != batch or shape[2] != slots:
+        raise ValueError(
+            f"kv_compact: kv[{i}] has shape {tuple(shape)}, expected [{batch}, H, {slots}, D] "
+            "(one batch and one number of slots in all layers)"
+        )
+    if shape[3] > 1 and stride[3] != 1:
+        raise ValueError(f"kv_compact: kv[{i}] has stride {stride[3]} in D, expected 1")
+    span = 1  # elements from the first to the last one of the dimensions so far, and one more
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+        if step < span:
             raise ValueError(
-                f"kv_compact: kv[{i}] has shape {tuple(tensor.shape)}, expected [{batch}, H, {slots}, D] "
-                "(one batch and one number of slots in all layers)"
+                f"kv_compact: kv[{i}] has strides {tuple(stride)} for shape {tuple(shape)}, expected ones under which "
+                "no two elements share memory (it is changed in place)"
             )
-        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
-            raise ValueError(f"kv_compact: kv[{i}] has stride {tensor.stride(3)} in D, expected 1")
-        check_device("kv_compact", f"kv[{i}]", tensor, "keep", keep)
-    if keep.dtype is torch.bool:
-        expected: tuple[int, ...] = (batch, slots)
-    else:
+        span += step * (size - 1)
+    check_device("kv_compact", f"kv[{i}]", tensor, "keep", keep)
+
+
+def _check_keep(keep: Tensor, shape: Shape) -> None:
+    expected: tuple[int, ...] = (shape[0], shape[2])
+    if keep.dtype is not torch.bool:
         check_integers("kv_compact", "keep", keep)
-        expected = (batch,)
+        expected = (shape[0],)
     if tuple(keep.shape) != expected:
         raise ValueError(
             f"kv_compact: keep has shape {tuple(keep.shape)}, expected {expected} "
             "(a bool mask over the slots, or one integer length a sequence)"
         )
-    if is_eager(keep) and all(map(is_eager, kv)):
-        return select("kv_compact", keep.device.type)(kv, keep, align)
-    return _op(list(kv), keep, align)
+
+
+def _check_distinct(kv: Sequence[Tensor]) -> None:
+    addresses = list(map(Tensor.data_ptr, kv))
+    if len(set(addresses)) == len(addresses):
+        return
+    seen: dict[int, int] = {}
+    for i, (address, tensor) in enumerate(zip(addresses, kv, strict=True)):
+        if tensor.numel() and address in seen:
+            raise ValueError(
+                f"kv_compact: kv[{i}] starts at the address of kv[{seen[address]}], expected tensors that share no "
+                "memory (each would be compacted twice)"
+            )
+        seen[address] = i
 
 
 def _fake(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
@@ -82,21 +131,21 @@ def _fake(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
 
 
 def _cpp(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
-    layouts = []
-    for tensor in kv:
-        _, heads, slots, width = tensor.shape
-        batch_stride, head_stride, slot_stride, _ = tensor.stride()
-        size = tensor.element_size()
-        layouts.append(
-            (tensor.data_ptr(), heads, batch_stride * size, head_stride * size, slot_stride * size, width * size)
-        )
+    return _launch(kv, _layouts(kv), keep, align)
+
+
+def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) -> Tensor:
+    columns = (*layouts, list(map(Tensor.element_size, kv)))
+    alike = all(column.count(column[0]) == len(kv) for column in columns)
+    slots = layouts[0][0][2]
     kept = _fake(kv, keep, align)
     mask = keep if keep.dtype is torch.bool else None
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()
     lengths = native.flat(keep, torch.int64) if mask is None else None
     extension.kv_compact(
-        layouts,
+        list(map(Tensor.data_ptr, kv)),
+        [_packed(*layout) for layout in islice(zip(*columns, strict=True), 1 if alike else None)],
         len(kept),
         slots,
         native.address(mask),
@@ -107,6 +156,11 @@ def _cpp(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
         kept.data_ptr(),
     )
     return kept
+
+
+def _packed(shape: Shape, stride: Shape, size: int) -> tuple[int, ...]:
+    """Return heads, batch, head and slot strides and row length, the last four in bytes."""
+    return shape[1], stride[0] * size, stride[1] * size, stride[2] * size, shape[3] * size
 
 
 _op = register(
