@@ -67,9 +67,11 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
         for i in range(1 if alike else len(kv)):
             _check(i, kv[i], shapes[i], strides[i], shapes[0], keep)
         _check_keep(keep, shapes[0])
-        _check_distinct(kv)
         implementation = select("kv_compact", keep.device.type)
-        return _launch(kv, layouts, keep, align) if implementation is _cpp else implementation(kv, keep, align)
+        if implementation is _cpp:
+            return _launch(kv, layouts, keep, align)
+        _check_distinct(kv, list(map(Tensor.data_ptr, kv)))
+        return implementation(kv, keep, align)
     for i, tensor in enumerate(kv):
         _check(i, tensor, tensor.shape, tensor.stride(), kv[0].shape, keep)
     _check_keep(keep, kv[0].shape)
@@ -89,15 +91,20 @@ def _check(i: int, tensor: Tensor, shape: Shape, stride: Shape, first: Shape, ke
         )
     if shape[3] > 1 and stride[3] != 1:
         raise ValueError(f"kv_compact: kv[{i}] has stride {stride[3]} in D, expected 1")
-    span = 1  # elements from the first to the last one of the dimensions so far, and one more
-    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
-        if step < span:
-            raise ValueError(
-                f"kv_compact: kv[{i}] has strides {tuple(stride)} for shape {tuple(shape)}, expected ones under which "
-                "no two elements share memory (it is changed in place)"
-            )
-        span += step * (size - 1)
+    if _overlaps(shape, stride):
+        raise ValueError(
+            f"kv_compact: kv[{i}] has strides {tuple(stride)} for shape {tuple(shape)}, expected each to step over all "
+            "that the smaller ones span (elements that share memory cannot move in place)"
+        )
     check_device("kv_compact", f"kv[{i}]", tensor, "keep", keep)
+
+
+def _overlaps(shape: Shape, stride: Shape) -> bool:
+    dims = [(step, size) for step, size in zip(stride, shape, strict=True) if size > 1]
+    return any(
+        step <= sum(other * (size - 1) for k, (other, size) in enumerate(dims) if k != i and other <= step)
+        for i, (step, _) in enumerate(dims)
+    )
 
 
 def _check_keep(keep: Tensor, shape: Shape) -> None:
@@ -112,8 +119,7 @@ def _check_keep(keep: Tensor, shape: Shape) -> None:
         )
 
 
-def _check_distinct(kv: Sequence[Tensor]) -> None:
-    addresses = list(map(Tensor.data_ptr, kv))
+def _check_distinct(kv: Sequence[Tensor], addresses: list[int]) -> None:
     if len(set(addresses)) == len(addresses):
         return
     seen: dict[int, int] = {}
@@ -135,6 +141,8 @@ def _cpp(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
 
 
 def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) -> Tensor:
+    addresses = list(map(Tensor.data_ptr, kv))
+    _check_distinct(kv, addresses)
     columns = (*layouts, list(map(Tensor.element_size, kv)))
     alike = all(column.count(column[0]) == len(kv) for column in columns)
     slots = layouts[0][0][2]
@@ -144,7 +152,7 @@ def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) ->
         mask = mask.contiguous()
     lengths = native.flat(keep, torch.int64) if mask is None else None
     extension.kv_compact(
-        list(map(Tensor.data_ptr, kv)),
+        addresses,
         [_packed(*layout) for layout in islice(zip(*columns, strict=True), 1 if alike else None)],
         len(kept),
         slots,
