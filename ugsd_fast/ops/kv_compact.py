@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,7 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
         layouts = _layouts(kv)
         # Layers that look like the first need no checks of their own.
         shapes, strides = layouts
-        alike = all(column.count(column[0]) == len(kv) for column in (*layouts, list(map(_device, kv))))
-        for i in range(1 if alike else len(kv)):
+        for i in range(1 if _alike(*layouts, list(map(_device, kv))) else len(kv)):
             _check(i, kv[i], shapes[i], strides[i], shapes[0], keep)
         _check_keep(keep, shapes[0])
         implementation = select("kv_compact", keep.device.type)
@@ -80,6 +80,10 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
 
 def _layouts(kv: Sequence[Tensor]) -> Layouts:
     return list(map(_shape, kv)), list(map(Tensor.stride, kv))
+
+
+def _alike(*columns: list[Any]) -> bool:
+    return all(column.count(column[0]) == len(column) for column in columns)
 
 
 def _check(i: int, tensor: Tensor, shape: Shape, stride: Shape, first: Shape, keep: Tensor) -> None:
@@ -143,8 +147,8 @@ def _cpp(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
 def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) -> Tensor:
     addresses = list(map(Tensor.data_ptr, kv))
     _check_distinct(kv, addresses)
-    columns = (*layouts, list(map(Tensor.element_size, kv)))
-    alike = all(column.count(column[0]) == len(kv) for column in columns)
+    sizes = list(map(Tensor.element_size, kv))
+    described = 1 if _alike(*layouts, sizes) else len(kv)
     slots = layouts[0][0][2]
     kept = _fake(kv, keep, align)
     mask = keep if keep.dtype is torch.bool else None
@@ -153,7 +157,7 @@ def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) ->
     lengths = native.flat(keep, torch.int64) if mask is None else None
     extension.kv_compact(
         addresses,
-        [_packed(*layout) for layout in islice(zip(*columns, strict=True), 1 if alike else None)],
+        [_packed(*layout) for layout in islice(zip(*layouts, sizes, strict=True), described)],
         len(kept),
         slots,
         native.address(mask),
