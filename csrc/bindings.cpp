@@ -158,29 +158,37 @@ PYBIND11_MODULE(_C, m) {
           table->accept_block(args);
         });
 
-  // Each tensor is (pointer, heads, batch, head and slot strides, row length), the last four in bytes.
-  m.def("kv_compact", [](const py::list& tensors, int64_t batch, int64_t slots, uintptr_t keep, int64_t keep_stride,
-                         uintptr_t lengths, int align, int threads, uintptr_t kept) {
-    std::vector<KvTensor> kv;
-    kv.reserve(tensors.size());
-    for (const py::handle tensor : tensors) {
-      std::array<int64_t, 6> fields;
-      for (size_t i = 0; i < fields.size(); ++i) fields[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tensor.ptr(), i));
-      kv.push_back({reinterpret_cast<char*>(fields[0]), fields[1], fields[2], fields[3], fields[4], fields[5]});
-    }
-    const KvCompactArgs args{kv.data(),
-                             static_cast<int64_t>(kv.size()),
-                             batch,
-                             slots,
-                             pointer<const bool>(keep),
-                             keep_stride,
-                             pointer<const int64_t>(lengths),
-                             static_cast<Align>(align),
-                             pointer<int64_t>(kept),
-                             threads};
-    const py::gil_scoped_release release;
-    kv_compact(args);
-  });
+  // A layout is (heads, batch, head and slot strides, row length), the last four in bytes: one a tensor, or one for
+  // all.
+  m.def("kv_compact",
+        [](const py::list& addresses, const py::list& layouts, int64_t batch, int64_t slots, uintptr_t keep,
+           int64_t keep_stride, uintptr_t lengths, int align, int threads, uintptr_t kept) {
+          std::vector<KvTensor> kv;
+          kv.reserve(addresses.size());
+          for (size_t i = 0; i < addresses.size(); ++i) {
+            if (i < layouts.size()) {
+              PyObject* layout = PyList_GET_ITEM(layouts.ptr(), i);
+              std::array<int64_t, 5> fields;
+              for (size_t k = 0; k < fields.size(); ++k) fields[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(layout, k));
+              kv.push_back({nullptr, fields[0], fields[1], fields[2], fields[3], fields[4]});
+            } else {
+              kv.push_back(kv.front());
+            }
+            kv.back().data = reinterpret_cast<char*>(PyLong_AsLongLong(PyList_GET_ITEM(addresses.ptr(), i)));
+          }
+          const KvCompactArgs args{kv.data(),
+                                   static_cast<int64_t>(kv.size()),
+                                   batch,
+                                   slots,
+                                   pointer<const bool>(keep),
+                                   keep_stride,
+                                   pointer<const int64_t>(lengths),
+                                   static_cast<Align>(align),
+                                   pointer<int64_t>(kept),
+                                   threads};
+          const py::gil_scoped_release release;
+          kv_compact(args);
+        });
 
   m.def("lm_head_stats", [](const py::tuple& hidden, const py::tuple& weight, uintptr_t bias, float temperature,
                             uintptr_t temperatures, int threads, uintptr_t logsumexp, uintptr_t entropy,

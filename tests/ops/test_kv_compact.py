@@ -13,6 +13,7 @@ from ugsd_fast import ops
 
 pytestmark = cases.on_backends("kv_compact")
 
+KEYS = torch.zeros(2, 1, 3, 4)
 MASKS: dict[str, Callable[[int, int], Tensor]] = {
     "all": lambda b, t: torch.ones(b, t, dtype=torch.bool),
     "none": lambda b, t: torch.zeros(b, t, dtype=torch.bool),
@@ -64,6 +65,8 @@ def test_every_layer_and_dtype_by_mask(slots: int, name: str, align: str) -> Non
         layer(3, 5, slots, 3, torch.float16, 2),  # odd row lengths, other heads
         layer(3, 1, slots, 1, torch.int8, 3),  # rows of one byte
         layer(3, 2, slots, 7, torch.float64, 4),
+        layer(3, 2, slots, 64, torch.bfloat16, 5),
+        layer(3, 2, slots, 52, torch.bfloat16, 6),  # whole and partial vectors
     ]
     mask = MASKS[name](3, slots)
     assert_compacts(kv, mask, mask, align)
@@ -85,7 +88,7 @@ def test_lengths_are_held_to_the_cache(align: str) -> None:
 
 
 @pytest.mark.parametrize("align", ["left", "right"])
-@pytest.mark.parametrize("layout", ["preallocated", "slots-before-heads", "every-other-batch"])
+@pytest.mark.parametrize("layout", ["preallocated", "slots-before-heads", "heads-side-by-side", "every-other-batch"])
 def test_strided_caches_leave_what_is_around_them(layout: str, align: str) -> None:
     buffer = torch.full((6, 4, 40, 24), -777.0)
     values = layer(3, 2, 20, 16, torch.float32, 0)
@@ -93,6 +96,9 @@ def test_strided_caches_leave_what_is_around_them(layout: str, align: str) -> No
         view = buffer[:3, :2, 5:25, 4:20]
     elif layout == "slots-before-heads":
         view = buffer.view(6, 40, 4, 24).transpose(1, 2)[:3, :2, 5:25, 4:20]
+    elif layout == "heads-side-by-side":
+        view = buffer.view(6, 40, 4, 24)[:3, 5:25, 1:3, :].view(3, 20, 2, 24)[..., :24].transpose(1, 2)
+        values = layer(3, 2, 20, 24, torch.float32, 0)
     else:
         view = buffer[::2, ::2, 1::2, :16]
     view.copy_(values)
@@ -142,6 +148,39 @@ def test_many_layers() -> None:
     assert_compacts(kv, mask, mask, "left")
 
 
+def test_one_odd_layer_among_like_ones() -> None:
+    """Layers that look alike are checked and described once: none may pass for its neighbours."""
+    like = [torch.zeros(2, 1, 3, 4) for _ in range(7)]
+    keep = torch.ones(2, 3, dtype=torch.bool)
+    for odd, message in (
+        (torch.zeros(2, 1, 4, 4), "has shape"),
+        (torch.zeros(2, 1, 3, 8)[..., ::2], "has stride 2 in D"),
+        (torch.zeros(1, 1, 3, 4).expand(2, 1, 3, 4), "has strides"),
+        (torch.zeros(2, 1, 3, 4, device="meta"), "is on meta"),
+    ):
+        for i in (0, 3, 7):
+            with pytest.raises(ValueError, match=rf"^kv_compact: kv\[\d\] {message}"):
+                ops.kv_compact([*like[:i], odd, *like[i:]], keep)
+    wide = torch.zeros(2, 1, 3, 9)[..., :4]
+    for other in (wide, torch.zeros(2, 1, 3, 4, dtype=torch.float64), torch.zeros(2, 3, 3, 4)):
+        kv = [*like[:3], other, *like[3:]]
+        for tensor in kv:
+            tensor.copy_(torch.arange(3.0)[:, None].expand_as(tensor))
+        ops.kv_compact(kv, torch.tensor([[False, True, True]] * 2))
+        assert all((tensor[:, :, :2] == torch.tensor([[1.0], [2.0]])).all() for tensor in kv)
+
+
+def test_empty_tensors_may_share_an_address() -> None:
+    kv = [torch.empty(2, 0, 3, 4), torch.empty(2, 0, 3, 4), torch.empty(2, 0, 3, 4)]
+    assert ops.kv_compact(kv, torch.tensor([1, 2])).tolist() == [1, 2]
+
+
+def test_layers_of_two_row_lengths_in_turn() -> None:
+    kv = [layer(2, 2, 33, width, torch.bfloat16, width) for width in (128, 64, 128, 128, 3, 3)]
+    for align in ("left", "right"):
+        assert_compacts(kv, MASKS["random"](2, 33), MASKS["random"](2, 33), align)
+
+
 def test_kv_may_be_a_tuple() -> None:
     keys = layer(1, 1, 4, 2, torch.float32, 0)
     expected = keys[:, :, 2:].clone()
@@ -182,6 +221,22 @@ def compacted_part(tensor: Tensor, mask: Tensor, align: str) -> Tensor:
             r"kv\[1\] has shape \(2, 1, 4, 4\), expected \[2, H, 3, D\]",
         ),
         ({"kv": [torch.zeros(2, 1, 3, 8)[..., ::2]]}, r"kv\[0\] has stride 2 in D, expected 1"),
+        (
+            {"kv": [torch.zeros(2, 1, 3, 4), torch.zeros(1, 1, 3, 4).expand(2, 1, 3, 4)]},
+            r"kv\[1\] has strides \(0, 12, 4, 1\) for shape \(2, 1, 3, 4\), expected each to step over all",
+        ),
+        (
+            {"kv": [torch.zeros(2, 1, 3, 4).expand(2, 5, 3, 4)]},
+            r"kv\[0\] has strides \(12, 0, 4, 1\) for shape \(2, 5, 3, 4\), expected each to step over all",
+        ),
+        (
+            {"kv": [torch.zeros(99).as_strided((2, 1, 3, 4), (12, 1, 2, 1))]},
+            r"kv\[0\] has strides \(12, 1, 2, 1\) for shape \(2, 1, 3, 4\), expected each to step over all",
+        ),
+        (
+            {"kv": [torch.zeros(2, 1, 3, 4), KEYS, KEYS[..., :2]]},
+            r"kv\[2\] starts at the address of kv\[1\], expected tensors that share no memory",
+        ),
         ({"kv": [torch.zeros(2, 1, 3, 4, device="meta")]}, r"kv\[0\] is on meta, expected cpu"),
         ({"keep": torch.ones(2, 4).bool()}, r"keep has shape \(2, 4\), expected \(2, 3\)"),
         ({"keep": torch.ones(2, 3).long()}, r"keep has shape \(2, 3\), expected \(2,\)"),

@@ -1,12 +1,14 @@
 // kv_compact: the kept cache slots of every sequence move together, in all layers' keys and values, in place.
 //
-// Bytes moved: each slot that changes place is read once and written once; nothing else is touched.
+// Bytes moved: each slot that changes place is read once and written once. A dropped slot that a kept one replaces is
+// fetched as well, since caches take lines whole; nothing else is touched.
 #pragma once
 
 #include "ugsd/types.h"
 
 namespace ugsd {
 
+// No two elements share memory, neither in one tensor nor in two of a call.
 struct KvTensor {
   char* data;
   int64_t heads;
