@@ -176,9 +176,9 @@ bool sums_near(const T* z, int64_t n, float reference, float scale, BlockSums& s
 // The maximum of `N` columns, and whether all of them are larger than `low`.
 template <class S, int64_t N, class T>
 bool range_of(const T* z, float low, float& max) {
-  auto most = S::load(z), least = most;
-  for (int64_t i = S::kLanes; i < N; i += S::kLanes) {
-    const auto x = S::load(z + i);
+  auto most = S::set(-kInfinity), least = S::set(kInfinity);
+  for (int64_t i = 0; i < N; i += S::kLanes) {
+    const auto x = S::max(S::load(z + i), S::set(-kInfinity));
     most = S::max(x, most);
     least = S::min(x, least);
   }
