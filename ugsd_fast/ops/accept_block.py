@@ -82,7 +82,7 @@ def accept_block(
         Any integer, or an integer tensor that broadcasts to ``[B]``; disjoint from the draws of `sample`.
     out
         Where to write: an `Acceptance`, or its three tensors in order, contiguous and on the inputs' device. It must
-        not overlap an input. Nothing is allocated then.
+        not overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------

@@ -41,7 +41,7 @@ def filter_logits(
         Keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
     out
         Where to write: a tensor of the result's shape and dtype, contiguous and on the inputs' device. It must not
-        overlap an input. Nothing is allocated then.
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------

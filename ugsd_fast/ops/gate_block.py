@@ -44,7 +44,7 @@ def gate_block(
         ``"max"`` (the paper's), ``"mean"`` or ``"first"``.
     out
         Where to write: ``(uncertainty, escalate)``, contiguous and on the inputs' device. It must not
-        overlap an input. Nothing is allocated then.
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------

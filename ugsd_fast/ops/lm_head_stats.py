@@ -34,7 +34,7 @@ def lm_head_stats(
         Number, or tensor that broadcasts to the rows; 0 reads as 1.
     out
         Where to write: a `TokenStats`, or its five tensors in order, contiguous and on the inputs' device. It must not
-        overlap an input. Nothing is allocated then.
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------

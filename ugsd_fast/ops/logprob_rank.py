@@ -40,7 +40,7 @@ def logprob_rank(
         then only counts.
     out
         Where to write: ``(logprob, rank)``, contiguous and on the inputs' device. It must not
-        overlap an input. Nothing is allocated then.
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------

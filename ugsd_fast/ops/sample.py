@@ -39,6 +39,9 @@ def sample(
         (seed, offset, r), r being the row's number in row-major order. Two calls that share seed and offset share
         their uniforms: give every call an offset of its own, such as a counter of the calls made with this seed. A
         token position alone does not do where a position can be drawn twice (after a rollback).
+    out
+        Where to write: a `Sample` or ``(tokens, logprob, stats)``, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------

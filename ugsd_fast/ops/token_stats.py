@@ -31,7 +31,7 @@ def token_stats(
         Columns from here on are padding and ignored.
     out
         Where to write: a `TokenStats`, or its five tensors in order, contiguous and on the inputs' device. It must not
-        overlap an input. Nothing is allocated then.
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
