@@ -118,6 +118,7 @@ def check_out(
     if len(out) != len(expected):
         names = ", ".join(name for name, _, _ in expected)
         raise ValueError(f"{op}: out has {len(out)} tensors, expected {len(expected)} ({names})")
+    device = like.device
     for tensor, (name, dtype, shape) in zip(out, expected):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{op}: out.{name} is a {type(tensor).__name__}, expected a tensor")
@@ -125,8 +126,8 @@ def check_out(
             raise ValueError(f"{op}: out.{name} has dtype {tensor.dtype}, expected {dtype}")
         if tensor.shape != shape:
             raise ValueError(f"{op}: out.{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        if tensor.device != like.device:
-            raise ValueError(f"{op}: out.{name} is on {tensor.device}, expected {like.device} as the inputs are")
+        if tensor.device != device:
+            raise ValueError(f"{op}: out.{name} is on {tensor.device}, expected {device} as the inputs are")
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: out.{name} has strides {tensor.stride()}, expected a contiguous tensor")
         if tensor.requires_grad:

@@ -70,7 +70,10 @@ def token_stats(
 
 def expected_stats(shape: tuple[int, ...]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Return the names, dtypes and shapes of `TokenStats` for rows of this shape."""
-    return [(name, torch.int64 if name == "argmax" else torch.float32, shape) for name in TokenStats._fields]
+    return [(name, dtype, shape) for name, dtype in _DTYPES]
+
+
+_DTYPES = [(name, torch.int64 if name == "argmax" else torch.float32) for name in TokenStats._fields]
 
 
 def empty_stats(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
