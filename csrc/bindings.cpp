@@ -1,16 +1,18 @@
-// ugsd_fast._C: the ops on raw pointers, shapes and strides. The Python side checks, allocates and owns; a null
-// pointer stands for an absent tensor.
+// ugsd_fast._C: the ops on tensors that the Python side has checked; None stands for an absent one.
 #include <pybind11/pybind11.h>
 
 #include <array>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "ugsd/kernels.h"
 
 namespace py = pybind11;
 using namespace ugsd;
+using namespace ugsd::python;
 
 namespace {
 
@@ -22,23 +24,183 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class T>
-PerRow<T> per_row(T number, uintptr_t rows) {
-  return {number, pointer<const T>(rows)};
+// Calls under this many logits keep the GIL: handing it over would cost more than they do.
+constexpr int64_t kShortCall = 1 << 14;
+
+template <class Kernel, class Args>
+void call(Kernel* kernel, const Args& args, int64_t logits) {
+  std::optional<py::gil_scoped_release> release;
+  if (logits >= kShortCall) release.emplace();
+  kernel(args);
 }
 
-// (pointer, dtype, outer, inner, outer stride, inner stride, columns), as ops/native.py packs it
-Rows unpack(const py::tuple& rows) {
-  std::array<int64_t, 7> fields;
-  for (size_t i = 0; i < fields.size(); ++i) fields[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(rows.ptr(), i));
-  return {reinterpret_cast<const void*>(fields[0]),
-          static_cast<DType>(fields[1]),
-          fields[2],
-          fields[3],
-          fields[4],
-          fields[5],
-          fields[6]};
+// A function of positional arguments as CPython calls it, without pybind11's conversions.
+template <PyObject* (*function)(Arguments&)>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    Arguments in(arguments, count);
+    return function(in);
+  } catch (const Raised&) {
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
+
+// The rows' shape: the dimensions of logits before the last.
+struct Leading {
+  explicit Leading(PyObject* logits) {
+    const dlpack::Tensor tensor = borrow(logits);
+    shape = tensor.shape;
+    dims = tensor.dims - 1;
+  }
+  const int64_t* shape;
+  int32_t dims;
+};
+
+Results<5> stats_results(PyObject* given, const Leading& rows) {
+  const Result number = result<float>(rows.dims);
+  return {given, rows.shape, {number, number, number, result<int64_t>(rows.dims), number}};
+}
+
+template <size_t N>
+StatsOut stats_out(const Results<N>& out, size_t first) {
+  return {out.template data<float>(first), out.template data<float>(first + 1), out.template data<float>(first + 2),
+          out.template data<int64_t>(first + 3), out.template data<float>(first + 4)};
+}
+
+Filters filters(Arguments& in) {
+  const auto top_k = in.per_row<int64_t>();
+  const auto top_p = in.per_row<float>();
+  return {top_k, top_p, in.per_row<float>()};
+}
+
+// logits, temperature and temperatures, threads, out
+PyObject* token_stats(Arguments& in) {
+  const Leading leading(in.peek());
+  const Rows logits = in.rows();
+  const auto temperature = in.per_row<float>();
+  const int threads = static_cast<int>(in.integer());
+  Results<5> out = stats_results(in.object(), leading);
+  call(table->token_stats, TokenStatsArgs{logits, temperature, stats_out(out, 0), threads},
+       logits.count() * logits.columns);
+  return out.release();
+}
+
+// logits, tokens, temperature and temperatures, logsumexp, threads, out
+PyObject* logprob_rank(Arguments& in) {
+  const Leading leading(in.peek());
+  const Rows logits = in.rows();
+  const auto* tokens = in.elements<int64_t>();
+  const auto temperature = in.per_row<float>();
+  const auto* logsumexp = in.elements<float>();
+  const int threads = static_cast<int>(in.integer());
+  Results<2> out(in.object(), leading.shape, {result<float>(leading.dims), result<int64_t>(leading.dims)});
+  call(table->logprob_rank,
+       LogprobRankArgs{logits, tokens, temperature, logsumexp, out.data<float>(0), out.data<int64_t>(1), threads},
+       logits.count() * logits.columns);
+  return out.release();
+}
+
+// logits, four settings with their tensors, threads, out
+PyObject* filter_logits(Arguments& in) {
+  const dlpack::Tensor given = borrow(in.peek());
+  const Rows logits = in.rows();
+  const auto temperature = in.per_row<float>();
+  const Filters settings = filters(in);
+  const int threads = static_cast<int>(in.integer());
+  Results<1> out(in.object(), given.shape, {result<float>(given.dims)});
+  call(table->filter_logits, FilterLogitsArgs{logits, temperature, settings, out.data<float>(0), threads},
+       logits.count() * logits.columns);
+  return out.release();
+}
+
+// logits, four settings, seed and offset with their tensors, threads, out
+PyObject* sample(Arguments& in) {
+  const Leading leading(in.peek());
+  const Rows logits = in.rows();
+  const auto temperature = in.per_row<float>();
+  const Filters settings = filters(in);
+  const auto seed = in.per_row<int64_t>(), offset = in.per_row<int64_t>();
+  const int threads = static_cast<int>(in.integer());
+  const Result number = result<float>(leading.dims), id = result<int64_t>(leading.dims);
+  Results<7> out(in.object(), leading.shape, {id, number, number, number, number, id, number});
+  call(table->sample,
+       SampleArgs{logits, temperature, settings, seed, offset, out.data<int64_t>(0), out.data<float>(1),
+                  stats_out(out, 2), threads},
+       logits.count() * logits.columns);
+  return out.release();
+}
+
+// entropy, lengths, threshold and thresholds, reduction, out
+PyObject* gate_block(Arguments& in) {
+  const dlpack::Tensor entropy = borrow(in.object());
+  const auto* lengths = in.elements<int64_t>();
+  const auto threshold = in.per_row<float>();
+  const auto reduce = static_cast<Reduction>(in.integer());
+  Results<2> out(in.object(), entropy.shape, {result<float>(1), result<bool>(1)});
+  call(ugsd::gate_block,
+       GateBlockArgs{static_cast<const float*>(entropy.data), entropy.shape[0], entropy.shape[1], entropy.strides[0],
+                     entropy.strides[1], lengths, threshold, reduce, out.data<float>(0), out.data<bool>(1)},
+       entropy.shape[0] * entropy.shape[1]);
+  return out.release();
+}
+
+// target logits, draft logits, draft tokens, rule, lengths, limit and limits, slack and slacks, logsumexp of the draft
+// rows, bonus, seed and seeds, offset and offsets, uniforms, threads, out
+PyObject* accept_block(Arguments& in) {
+  const Rows target = in.rows(), draft = in.rows();
+  const int64_t* shape = borrow(in.peek()).shape;
+  const auto* tokens = in.elements<int64_t>();
+  const auto rule = static_cast<Rule>(in.integer());
+  const auto* lengths = in.elements<int64_t>();
+  const auto limit = in.per_row<double>(), slack = in.per_row<double>();
+  const auto* draft_logsumexp = in.elements<float>();
+  const bool bonus = in.object() == Py_True;
+  const auto seed = in.per_row<int64_t>(), offset = in.per_row<int64_t>();
+  const auto* uniforms = in.elements<double>();
+  const int threads = static_cast<int>(in.integer());
+  Results<3> out(in.object(), shape, {result<int64_t>(1), result<int64_t>(1), result<float>(2)});
+  call(table->accept_block,
+       AcceptBlockArgs{target, draft, tokens, shape[0], shape[1], rule, lengths, limit, slack, draft_logsumexp, bonus,
+                       seed, offset, uniforms, out.data<int64_t>(0), out.data<int64_t>(1), out.data<float>(2), threads},
+       target.count() * target.columns);
+  return out.release();
+}
+
+// hidden, weight, bias, temperature and temperatures, threads, out
+PyObject* lm_head_stats(Arguments& in) {
+  const Leading leading(in.peek());
+  const Rows hidden = in.rows(), weight = in.rows();
+  const void* bias = in.contiguous_data();
+  const auto temperature = in.per_row<float>();
+  const int threads = static_cast<int>(in.integer());
+  Results<5> out = stats_results(in.object(), leading);
+  call(table->lm_head_stats, LmHeadStatsArgs{hidden, weight, bias, temperature, stats_out(out, 0), threads},
+       weight.count() * weight.columns);
+  return out.release();
+}
+
+template <PyObject* (*function)(Arguments&)>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<function>)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {
+    {"use_tensors_of", use_tensors_of, METH_O, "Read and make tensors by the C functions of this type."},
+    method<token_stats>("token_stats"),
+    method<logprob_rank>("logprob_rank"),
+    method<filter_logits>("filter_logits"),
+    method<sample>("sample"),
+    method<gate_block>("gate_block"),
+    method<accept_block>("accept_block"),
+    method<lm_head_stats>("lm_head_stats"),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -67,96 +229,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "Use another instruction set of this build.");
 
-  m.def("token_stats",
-        [](const py::tuple& logits, float temperature, uintptr_t temperatures, int threads, uintptr_t logsumexp,
-           uintptr_t entropy, uintptr_t max_logit, uintptr_t argmax, uintptr_t margin) {
-          const TokenStatsArgs args{unpack(logits),
-                                    per_row(temperature, temperatures),
-                                    {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
-                                     pointer<int64_t>(argmax), pointer<float>(margin)},
-                                    threads};
-          const py::gil_scoped_release release;
-          table->token_stats(args);
-        });
-
-  m.def("logprob_rank", [](const py::tuple& logits, uintptr_t tokens, float temperature, uintptr_t temperatures,
-                           uintptr_t logsumexp, int threads, uintptr_t logprob, uintptr_t rank) {
-    const LogprobRankArgs args{unpack(logits),
-                               pointer<const int64_t>(tokens),
-                               per_row(temperature, temperatures),
-                               pointer<const float>(logsumexp),
-                               pointer<float>(logprob),
-                               pointer<int64_t>(rank),
-                               threads};
-    const py::gil_scoped_release release;
-    table->logprob_rank(args);
-  });
-
-  m.def("filter_logits",
-        [](const py::tuple& logits, float temperature, uintptr_t temperatures, int64_t top_k, uintptr_t top_ks,
-           float top_p, uintptr_t top_ps, float min_p, uintptr_t min_ps, int threads, uintptr_t out) {
-          const FilterLogitsArgs args{unpack(logits),
-                                      per_row(temperature, temperatures),
-                                      {per_row(top_k, top_ks), per_row(top_p, top_ps), per_row(min_p, min_ps)},
-                                      pointer<float>(out),
-                                      threads};
-          const py::gil_scoped_release release;
-          table->filter_logits(args);
-        });
-
-  m.def("sample",
-        [](const py::tuple& logits, float temperature, uintptr_t temperatures, int64_t top_k, uintptr_t top_ks,
-           float top_p, uintptr_t top_ps, float min_p, uintptr_t min_ps, int64_t seed, uintptr_t seeds, int64_t offset,
-           uintptr_t offsets, int threads, uintptr_t tokens, uintptr_t logprob, uintptr_t logsumexp, uintptr_t entropy,
-           uintptr_t max_logit, uintptr_t argmax, uintptr_t margin) {
-          const SampleArgs args{unpack(logits),
-                                per_row(temperature, temperatures),
-                                {per_row(top_k, top_ks), per_row(top_p, top_ps), per_row(min_p, min_ps)},
-                                per_row(seed, seeds),
-                                per_row(offset, offsets),
-                                pointer<int64_t>(tokens),
-                                pointer<float>(logprob),
-                                {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
-                                 pointer<int64_t>(argmax), pointer<float>(margin)},
-                                threads};
-          const py::gil_scoped_release release;
-          table->sample(args);
-        });
-
-  m.def("gate_block", [](uintptr_t entropy, int64_t batch, int64_t block, int64_t batch_stride, int64_t block_stride,
-                         uintptr_t lengths, float threshold, uintptr_t thresholds, int reduce, uintptr_t uncertainty,
-                         uintptr_t escalate) {
-    gate_block({pointer<const float>(entropy), batch, block, batch_stride, block_stride,
-                pointer<const int64_t>(lengths), per_row(threshold, thresholds), static_cast<Reduction>(reduce),
-                pointer<float>(uncertainty), pointer<bool>(escalate)});
-  });
-
-  m.def("accept_block",
-        [](const py::tuple& target, const py::tuple& draft, uintptr_t tokens, int64_t batch, int64_t block, int rule,
-           uintptr_t lengths, double limit, uintptr_t limits, double slack, uintptr_t slacks, uintptr_t draft_logsumexp,
-           bool bonus, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets, uintptr_t uniforms,
-           int threads, uintptr_t num_accepted, uintptr_t next_token, uintptr_t accept_prob) {
-          const AcceptBlockArgs args{unpack(target),
-                                     unpack(draft),
-                                     pointer<const int64_t>(tokens),
-                                     batch,
-                                     block,
-                                     static_cast<Rule>(rule),
-                                     pointer<const int64_t>(lengths),
-                                     per_row(limit, limits),
-                                     per_row(slack, slacks),
-                                     pointer<const float>(draft_logsumexp),
-                                     bonus,
-                                     per_row(seed, seeds),
-                                     per_row(offset, offsets),
-                                     pointer<const double>(uniforms),
-                                     pointer<int64_t>(num_accepted),
-                                     pointer<int64_t>(next_token),
-                                     pointer<float>(accept_prob),
-                                     threads};
-          const py::gil_scoped_release release;
-          table->accept_block(args);
-        });
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 
   // A layout is (heads, batch, head and slot strides, row length), the last four in bytes: one a tensor, or one for
   // all.
@@ -189,18 +262,4 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           kv_compact(args);
         });
-
-  m.def("lm_head_stats", [](const py::tuple& hidden, const py::tuple& weight, uintptr_t bias, float temperature,
-                            uintptr_t temperatures, int threads, uintptr_t logsumexp, uintptr_t entropy,
-                            uintptr_t max_logit, uintptr_t argmax, uintptr_t margin) {
-    const LmHeadStatsArgs args{unpack(hidden),
-                               unpack(weight),
-                               pointer<const void>(bias),
-                               per_row(temperature, temperatures),
-                               {pointer<float>(logsumexp), pointer<float>(entropy), pointer<float>(max_logit),
-                                pointer<int64_t>(argmax), pointer<float>(margin)},
-                               threads};
-    const py::gil_scoped_release release;
-    table->lm_head_stats(args);
-  });
 }

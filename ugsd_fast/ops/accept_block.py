@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
 from ugsd_fast.ops.checks import (
     check_device,
     check_integers,
     check_logits,
     check_option,
+    check_out,
     check_shape,
     number_or_rows,
     word_or_rows,
@@ -39,6 +39,7 @@ def accept_block(
     bonus: bool = True,
     seed: int | Tensor = 0,
     offset: int | Tensor = 0,
+    out: Acceptance | tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Acceptance:
     """Keep a prefix of a drafted block and choose the token after it.
 
@@ -79,6 +80,9 @@ def accept_block(
         Whether a fully accepted block is followed by one more token of the verifier's.
     seed, offset
         Any integer, or an integer tensor that broadcasts to ``[B]``; disjoint from the draws of `sample`.
+    out
+        Where to write: an `Acceptance`, or its three tensors in order, contiguous and on the inputs' device. It must
+        not overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -135,13 +139,18 @@ def accept_block(
     elif rule == "relaxed":
         limit, slack = top_n, relax_delta
     limit, limits = number_or_rows(
-        "accept_block", f"the limit of {rule}", limit, target_logits, (batch,), low=0, dtype=torch.float64
+        "accept_block", f"the limit of {rule}", limit, draft_tokens, low=0, dtype=torch.float64
     )
     slack, slacks = number_or_rows(
-        "accept_block", f"the slack of {rule}", slack, target_logits, (batch,), low=0, dtype=torch.float64
+        "accept_block", f"the slack of {rule}", slack, draft_tokens, low=0, dtype=torch.float64
     )
-    seed, seeds = word_or_rows("accept_block", "seed", seed, target_logits, (batch,))
-    offset, offsets = word_or_rows("accept_block", "offset", offset, target_logits, (batch,))
+    seed, seeds = word_or_rows("accept_block", "seed", seed, draft_tokens)
+    offset, offsets = word_or_rows("accept_block", "offset", offset, draft_tokens)
+    checked = None
+    if out is not None:
+        each, shape = draft_tokens.shape[:1], draft_tokens.shape
+        expected = [("num_accepted", torch.int64, each), ("next_token", torch.int64, each)]
+        checked = check_out("accept_block", out, [*expected, ("accept_prob", torch.float32, shape)], draft_tokens)
     verdict = run(
         "accept_block",
         _op,
@@ -160,8 +169,9 @@ def accept_block(
         seeds,
         offset,
         offsets,
+        out=checked,
     )
-    return Acceptance(*verdict)
+    return Acceptance._make(verdict)
 
 
 def _fake(target_logits: Tensor, draft_tokens: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,35 +232,29 @@ def _cpp(
     offset: int,
     offsets: Tensor | None,
     uniforms: Tensor | None = None,
+    *,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _fake(target_logits, draft_tokens)
-    draft_tokens = native.flat(draft_tokens, torch.int64)
-    draft_lengths = native.flat(draft_lengths, torch.int64)
-    draft_logsumexp = native.flat(draft_logsumexp, torch.float32)
-    limits, slacks = native.flat(limits, torch.float64), native.flat(slacks, torch.float64)
-    seeds, offsets = native.flat(seeds, torch.int64), native.flat(offsets, torch.int64)
-    extension.accept_block(
-        native.rows(target_logits),
-        native.NO_ROWS if draft_logits is None else native.rows(draft_logits),
-        draft_tokens.data_ptr(),
-        *draft_tokens.shape,
+    return extension.accept_block(
+        target_logits,
+        draft_logits,
+        draft_tokens,
         RULES.index(rule),
-        native.address(draft_lengths),
+        draft_lengths,
         limit,
-        native.address(limits),
+        limits,
         slack,
-        native.address(slacks),
-        native.address(draft_logsumexp),
+        slacks,
+        draft_logsumexp,
         bonus,
         seed,
-        native.address(seeds),
+        seeds,
         offset,
-        native.address(offsets),
-        native.address(uniforms),
+        offsets,
+        uniforms,
         torch.get_num_threads(),
-        *[output.data_ptr() for output in outputs],
+        out,
     )
-    return outputs
 
 
 _op = register(

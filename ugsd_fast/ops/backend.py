@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch, _is_torch_function_mode_enabled, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 extension: Any = None
 try:
     extension = importlib.import_module("ugsd_fast._C")
-except ImportError as error:
+    extension.use_tensors_of(Tensor)
+except (ImportError, AttributeError) as error:
+    extension = None
     _extension_missing = f"the extension ugsd_fast._C is not built or does not load ({error})"
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -45,6 +49,7 @@ _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "referenc
 _implementations: dict[tuple[str, str], Implementation] = {}
 _chosen: dict[tuple[str, str], Implementation] = {}
 _requested: ContextVar[str | None] = ContextVar("ugsd_fast.backend", default=None)
+_out_overloads: dict[str, Callable[..., None]] = {}
 _library = torch.library.Library("ugsd_fast", "DEF")
 
 
@@ -139,6 +144,9 @@ def register(
 ) -> Callable[..., Any]:
     """Define ``ugsd_fast::<op>`` and return its registered overload.
 
+    Beside it, ``ugsd_fast::<op>_out`` takes the tensors to write after the arguments and returns nothing; an op
+    that changes an argument in place has none.
+
     Parameters
     ----------
     op
@@ -148,35 +156,75 @@ def register(
     fake
         Result shapes and dtypes, for tracing.
     reference, cpp
-        Implementations. ``triton`` and ``cuda`` ones are functions of the op's name in
-        ``ugsd_fast.kernels.<op>`` and ``ugsd_fast.kernels.cuda``, imported when first used.
+        Implementations: the schema's arguments in order and the keyword ``out``, a tuple of tensors to write and
+        return in place of new ones, or None. ``reference`` has no ``out``: its results are copied there. ``triton``
+        and ``cuda`` ones are functions of the op's name in ``ugsd_fast.kernels.<op>`` and ``ugsd_fast.kernels.cuda``,
+        imported when first used.
     """
-    _implementations[op, "reference"] = reference
+    in_place = "!" in schema
+    _implementations[op, "reference"] = reference if in_place else _copying(reference)
     if cpp is not None and hasattr(extension, op):
         _implementations[op, "cpp"] = cpp
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op, lambda *args: select(op, _device_of(args[0]))(*args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ugsd_fast::{op}", fake, lib=_library)
+    if not in_place:
+        _register_out(op, schema)
     return getattr(torch.ops.ugsd_fast, op).default
+
+
+def _copying(reference: Implementation) -> Implementation:
+    """Return ``reference`` with the keyword ``out``."""
+
+    def implementation(*args: Any, out: tuple[Tensor, ...] | None = None) -> Any:
+        results = reference(*args)
+        if out is None:
+            return results
+        for given, result in zip(out, (results,) if isinstance(results, Tensor) else results, strict=True):
+            given.copy_(result)
+        return out
+
+    return implementation
+
+
+def _register_out(op: str, schema: str) -> None:
+    """Define ``ugsd_fast::<op>_out`` after the op's schema."""
+    arguments, _, results = schema.rpartition(" -> ")
+    count = results.count("Tensor")
+    outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out_{i}" for i in range(count))
+    _library.define(f"{op}_out{arguments[:-1]}, {outputs}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*args: Any) -> None:
+        select(op, _device_of(args[0]))(*args[:-count], out=args[-count:])
+
+    _library.impl(f"{op}_out", implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ugsd_fast::{op}_out", lambda *args: None, lib=_library)
+    _out_overloads[op] = getattr(torch.ops.ugsd_fast, f"{op}_out").default
 
 
 def is_eager(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a plain tensor that nothing traces, transforms or watches."""
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and type(tensor) is Tensor
         and not tensor.requires_grad
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and _len_torch_dispatch_stack() == 0
+        and not _is_torch_function_mode_enabled()
+        and _functorch.peek_interpreter_stack() is None
     )
 
 
-def run(op: str, overload: Callable[..., Any], first: Tensor, *args: Any) -> Any:
-    """Call ``op`` on checked arguments: directly for plain eager tensors, else through its registered ``overload``."""
+def run(op: str, overload: Callable[..., Any], first: Tensor, *args: Any, out: tuple[Tensor, ...] | None = None) -> Any:
+    """Call ``op`` on checked arguments: directly for plain eager tensors, else through its registered overload.
+
+    With ``out``, results are written there and ``out`` is returned.
+    """
     if is_eager(first):
-        return select(op, "cpu" if first.is_cpu else first.device.type)(first, *args)
-    return overload(first, *args)
+        return select(op, "cpu" if first.is_cpu else first.device.type)(first, *args, out=out)
+    if out is None:
+        return overload(first, *args)
+    _out_overloads[op](first, *args, *out)
+    return out
 
 
 def select(op: str, device: str) -> Implementation:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ugsd_fast import reference
 from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
-from ugsd_fast.ops.checks import check_logits, number_or_rows
+from ugsd_fast.ops.checks import check_logits, check_out, count_or_rows, number_or_rows
 
 
 def filter_logits(
@@ -20,6 +20,7 @@ def filter_logits(
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return ``logits / temperature`` with -inf where a filter cuts.
 
@@ -38,6 +39,9 @@ def filter_logits(
         Keep the smallest set of the most probable tokens with at least this mass; 1 keeps all.
     min_p
         Keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
+    out
+        Where to write: a tensor of the result's shape and dtype, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -58,7 +62,10 @@ def filter_logits(
     """
     check_logits("filter_logits", "logits", logits)
     settings = check_filters("filter_logits", logits, temperature, top_k, top_p, min_p)
-    return run("filter_logits", _op, logits, *settings)
+    if out is None:
+        return run("filter_logits", _op, logits, *settings)
+    checked = check_out("filter_logits", (out,), [("logits", torch.float32, logits.shape)], logits)
+    return run("filter_logits", _op, logits, *settings, out=checked)[0]
 
 
 def check_filters(
@@ -70,12 +77,12 @@ def check_filters(
     min_p: float | Tensor,
 ) -> tuple[float, Tensor | None, int, Tensor | None, float, Tensor | None, float, Tensor | None]:
     """Check and split the four settings: a number and a tensor a row (or None) each."""
-    shape = logits.shape[:-1]
-    t, t_rows = number_or_rows(op, "temperature", temperature, logits, shape, low=0.0)
-    k, k_rows = number_or_rows(op, "top_k", top_k, logits, shape, low=0, dtype=torch.int64)
-    p, p_rows = number_or_rows(op, "top_p", top_p, logits, shape, low=0.0)
-    m, m_rows = number_or_rows(op, "min_p", min_p, logits, shape, low=0.0)
-    return t, t_rows, int(k), k_rows, p, p_rows, m, m_rows
+    return (
+        *number_or_rows(op, "temperature", temperature, logits, low=0.0),
+        *count_or_rows(op, "top_k", top_k, logits),
+        *number_or_rows(op, "top_p", top_p, logits, low=0.0),
+        *number_or_rows(op, "min_p", min_p, logits, low=0.0),
+    )
 
 
 def merge(*settings: Any) -> tuple[Any, ...]:
@@ -104,11 +111,10 @@ def addresses(settings: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> tup
 FILTER_DTYPES = (torch.float32, torch.int64, torch.float32, torch.float32)
 
 
-def _cpp(logits: Tensor, *settings: Any) -> Tensor:
-    out = _fake(logits)
-    merged, _held = addresses(settings, FILTER_DTYPES)
-    extension.filter_logits(native.rows(logits), *merged, torch.get_num_threads(), out.data_ptr())
-    return out
+def _cpp(logits: Tensor, *settings: Any, out: tuple[Tensor] | None = None) -> Any:
+    results = (_fake(logits),) if out is None else out
+    extension.filter_logits(logits, *settings, torch.get_num_threads(), results)
+    return results[0] if out is None else out
 
 
 _op = register(

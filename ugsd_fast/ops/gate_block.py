@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
-from ugsd_fast.ops.checks import check_device, check_integers, check_option, check_shape, number_or_rows
+from ugsd_fast.ops.checks import (
+    check_device,
+    check_integers,
+    check_option,
+    check_out,
+    check_shape,
+    number_or_rows,
+)
 
 REDUCTIONS = ("max", "mean", "first")
 
 
 def gate_block(
-    entropy: Tensor, lengths: Tensor | None = None, *, threshold: float | Tensor, reduce: str = "max"
+    entropy: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    threshold: float | Tensor,
+    reduce: str = "max",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reduce the entropies of a drafted block to one uncertainty and compare it with the threshold.
 
@@ -31,6 +42,9 @@ def gate_block(
         Nats: a number, or a tensor that broadcasts to ``[B]``.
     reduce
         ``"max"`` (the paper's), ``"mean"`` or ``"first"``.
+    out
+        Where to write: ``(uncertainty, escalate)``, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -61,8 +75,12 @@ def gate_block(
         check_integers("gate_block", "lengths", lengths)
         check_shape("gate_block", "lengths", lengths, batch, "one length a block")
         check_device("gate_block", "lengths", lengths, "entropy", entropy)
-    number, rows = number_or_rows("gate_block", "threshold", threshold, entropy, batch)
-    return run("gate_block", _op, entropy, lengths, number, rows, reduce)
+    number, rows = number_or_rows("gate_block", "threshold", threshold, entropy)
+    checked = None
+    if out is not None:
+        expected = [("uncertainty", torch.float32, batch), ("escalate", torch.bool, batch)]
+        checked = check_out("gate_block", out, expected, entropy)
+    return run("gate_block", _op, entropy, lengths, number, rows, reduce, out=checked)
 
 
 def _fake(
@@ -81,23 +99,15 @@ def _reference(
 
 
 def _cpp(
-    entropy: Tensor, lengths: Tensor | None, threshold: float, thresholds: Tensor | None, reduce: str
+    entropy: Tensor,
+    lengths: Tensor | None,
+    threshold: float,
+    thresholds: Tensor | None,
+    reduce: str,
+    *,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    uncertainty, escalate = _fake(entropy, lengths, threshold, thresholds, reduce)
-    lengths = native.flat(lengths, torch.int64)
-    thresholds = native.flat(thresholds, torch.float32)
-    extension.gate_block(
-        entropy.data_ptr(),
-        *entropy.shape,
-        *entropy.stride(),
-        native.address(lengths),
-        threshold,
-        native.address(thresholds),
-        REDUCTIONS.index(reduce),
-        uncertainty.data_ptr(),
-        escalate.data_ptr(),
-    )
-    return uncertainty, escalate
+    return extension.gate_block(entropy, lengths, threshold, thresholds, REDUCTIONS.index(reduce), out)
 
 
 _op = register(

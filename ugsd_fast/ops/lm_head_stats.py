@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
-from ugsd_fast.ops.checks import check_device, check_logits, check_shape, number_or_rows
-from ugsd_fast.ops.token_stats import empty_stats, round_stats
+from ugsd_fast.ops.checks import check_device, check_logits, check_out, check_shape, number_or_rows
+from ugsd_fast.ops.token_stats import empty_stats, expected_stats, round_stats
 from ugsd_fast.reference import TokenStats
 
 
 def lm_head_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float | Tensor = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    out: TokenStats | tuple[Tensor, ...] | None = None,
 ) -> TokenStats:
     """Compute the statistics of ``hidden @ weight.T + bias`` without materialising it.
 
@@ -28,6 +32,9 @@ def lm_head_stats(
         ``[V]``, of the same dtype.
     temperature
         Number, or tensor that broadcasts to the rows; 0 reads as 1.
+    out
+        Where to write: a `TokenStats`, or its five tensors in order, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -60,8 +67,10 @@ def lm_head_stats(
     if bias is not None:
         check_shape("lm_head_stats", "bias", bias, (vocabulary,), "one number a row of weight")
         check_device("lm_head_stats", "bias", bias, "hidden", hidden)
-    number, rows = number_or_rows("lm_head_stats", "temperature", temperature, hidden, hidden.shape[:-1], low=0.0)
-    return TokenStats(*run("lm_head_stats", _op, hidden, weight, bias, number, rows))
+    number, rows = number_or_rows("lm_head_stats", "temperature", temperature, hidden, low=0.0)
+    if out is not None:
+        out = check_out("lm_head_stats", out, expected_stats(hidden.shape[:-1]), hidden)
+    return TokenStats._make(run("lm_head_stats", _op, hidden, weight, bias, number, rows, out=out))
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> tuple[Tensor, ...]:
@@ -76,21 +85,15 @@ def _reference(
 
 
 def _cpp(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    *,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    outputs = empty_stats(hidden, hidden.shape[:-1])
-    temperatures = native.flat(temperatures, torch.float32)
-    bias = None if bias is None else bias.contiguous()
-    extension.lm_head_stats(
-        native.rows(hidden),
-        native.rows(weight),
-        native.address(bias),
-        temperature,
-        native.address(temperatures),
-        torch.get_num_threads(),
-        *[output.data_ptr() for output in outputs],
-    )
-    return outputs
+    return extension.lm_head_stats(hidden, weight, bias, temperature, temperatures, torch.get_num_threads(), out)
 
 
 _op = register(

@@ -6,13 +6,24 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
-from ugsd_fast.ops.checks import check_device, check_integers, check_logits, check_shape, number_or_rows
+from ugsd_fast.ops.checks import (
+    check_device,
+    check_integers,
+    check_logits,
+    check_out,
+    check_shape,
+    number_or_rows,
+)
 
 
 def logprob_rank(
-    logits: Tensor, tokens: Tensor, *, temperature: float | Tensor = 1.0, logsumexp: Tensor | None = None
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    logsumexp: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score one token a row under ``softmax(logits / temperature)``.
 
@@ -27,6 +38,9 @@ def logprob_rank(
     logsumexp
         ``[...]`` float32, the rows' `token_stats` logsumexp at the same temperature, if it is at hand: the pass
         then only counts.
+    out
+        Where to write: ``(logprob, rank)``, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -52,11 +66,15 @@ def logprob_rank(
     check_integers("logprob_rank", "tokens", tokens)
     check_shape("logprob_rank", "tokens", tokens, shape, "one token a row")
     check_device("logprob_rank", "tokens", tokens, "logits", logits)
-    number, rows = number_or_rows("logprob_rank", "temperature", temperature, logits, shape, low=0.0)
+    number, rows = number_or_rows("logprob_rank", "temperature", temperature, logits, low=0.0)
     if logsumexp is not None:
         check_shape("logprob_rank", "logsumexp", logsumexp, shape, "one number a row")
         check_device("logprob_rank", "logsumexp", logsumexp, "logits", logits)
-    return run("logprob_rank", _op, logits, tokens, number, rows, logsumexp)
+    checked = None
+    if out is not None:
+        expected = [("logprob", torch.float32, shape), ("rank", torch.int64, shape)]
+        checked = check_out("logprob_rank", out, expected, logits)
+    return run("logprob_rank", _op, logits, tokens, number, rows, logsumexp, out=checked)
 
 
 def _fake(
@@ -75,23 +93,15 @@ def _reference(
 
 
 def _cpp(
-    logits: Tensor, tokens: Tensor, temperature: float, temperatures: Tensor | None, logsumexp: Tensor | None
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    logsumexp: Tensor | None,
+    *,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logprob, rank = _fake(logits, tokens, temperature, temperatures, logsumexp)
-    tokens = native.flat(tokens, torch.int64)
-    temperatures = native.flat(temperatures, torch.float32)
-    logsumexp = native.flat(logsumexp, torch.float32)
-    extension.logprob_rank(
-        native.rows(logits),
-        tokens.data_ptr(),
-        temperature,
-        native.address(temperatures),
-        native.address(logsumexp),
-        torch.get_num_threads(),
-        logprob.data_ptr(),
-        rank.data_ptr(),
-    )
-    return logprob, rank
+    return extension.logprob_rank(logits, tokens, temperature, temperatures, logsumexp, torch.get_num_threads(), out)
 
 
 _op = register(

@@ -1,4 +1,4 @@
-"""How tensors reach the extension ``ugsd_fast._C``: as addresses and layouts."""
+"""Tensors as addresses and layouts, for C++ and CUDA entry points that take pointers."""
 
 from __future__ import annotations
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
-from ugsd_fast.ops.checks import check_logits, word_or_rows
-from ugsd_fast.ops.filter_logits import FILTER_DTYPES, addresses, check_filters, merge
-from ugsd_fast.ops.token_stats import empty_stats, round_stats
+from ugsd_fast.ops.checks import check_logits, check_out, word_or_rows
+from ugsd_fast.ops.filter_logits import check_filters, merge
+from ugsd_fast.ops.token_stats import empty_stats, expected_stats, round_stats
 from ugsd_fast.reference import Sample, TokenStats
 
 
@@ -25,6 +24,7 @@ def sample(
     min_p: float | Tensor = 0.0,
     seed: int | Tensor,
     offset: int | Tensor = 0,
+    out: Sample | tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None,
 ) -> Sample:
     """Draw one token a row from ``softmax(filter_logits(logits))``.
 
@@ -36,7 +36,12 @@ def sample(
         As in `filter_logits`. Temperature 0 takes the argmax.
     seed, offset
         Any integer, or an integer tensor that broadcasts to the rows. The draw of row r is a function of
-        (seed, offset, r): pass the token position as ``offset`` so that each step draws anew.
+        (seed, offset, r), r being the row's number in row-major order. Two calls that share seed and offset share
+        their uniforms: give every call an offset of its own, such as a counter of the calls made with this seed. A
+        token position alone does not do where a position can be drawn twice (after a rollback).
+    out
+        Where to write: a `Sample` or ``(tokens, logprob, stats)``, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -59,10 +64,19 @@ def sample(
     """
     check_logits("sample", "logits", logits)
     settings = check_filters("sample", logits, temperature, top_k, top_p, min_p)
-    seed, seeds = word_or_rows("sample", "seed", seed, logits, logits.shape[:-1])
-    offset, offsets = word_or_rows("sample", "offset", offset, logits, logits.shape[:-1])
-    tokens, logprob, *stats = run("sample", _op, logits, *settings, seed, seeds, offset, offsets)
-    return Sample(tokens, logprob, TokenStats(*stats))
+    seed, seeds = word_or_rows("sample", "seed", seed, logits)
+    offset, offsets = word_or_rows("sample", "offset", offset, logits)
+    checked = None if out is None else _check_out(out, logits)
+    results = run("sample", _op, logits, *settings, seed, seeds, offset, offsets, out=checked)
+    return Sample(results[0], results[1], TokenStats._make(results[2:]))
+
+
+def _check_out(out: tuple[Any, ...], logits: Tensor) -> tuple[Tensor, ...]:
+    if len(out) != 3 or not isinstance(out[2], tuple):
+        raise ValueError(f"sample: out has {len(out)} elements, expected 3 (tokens, logprob, stats: a tuple)")
+    shape = logits.shape[:-1]
+    expected = [("tokens", torch.int64, shape), ("logprob", torch.float32, shape), *expected_stats(shape)]
+    return check_out("sample", (*out[:2], *out[2]), expected, logits)
 
 
 def _fake(logits: Tensor, *settings: Any) -> tuple[Tensor, ...]:
@@ -76,11 +90,8 @@ def _reference(logits: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     return tokens, logprob.float(), *round_stats(stats)
 
 
-def _cpp(logits: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    outputs = _fake(logits)
-    merged, _held = addresses(settings, (*FILTER_DTYPES, torch.int64, torch.int64))
-    extension.sample(native.rows(logits), *merged, torch.get_num_threads(), *[output.data_ptr() for output in outputs])
-    return outputs
+def _cpp(logits: Tensor, *settings: Any, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    return extension.sample(logits, *settings, torch.get_num_threads(), out)
 
 
 _op = register(

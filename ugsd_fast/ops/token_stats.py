@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
-from ugsd_fast.ops.checks import check_logits, number_or_rows
+from ugsd_fast.ops.checks import check_logits, check_out, number_or_rows
 from ugsd_fast.reference import TokenStats
 
 
-def token_stats(logits: Tensor, *, temperature: float | Tensor = 1.0, vocab_size: int | None = None) -> TokenStats:
+def token_stats(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    out: TokenStats | tuple[Tensor, ...] | None = None,
+) -> TokenStats:
     """Compute the softmax statistics of every row without writing a softmax.
 
     Parameters
@@ -24,6 +29,9 @@ def token_stats(logits: Tensor, *, temperature: float | Tensor = 1.0, vocab_size
         Number, or tensor that broadcasts to the rows. 0, the greedy limit, gives the statistics at 1.
     vocab_size
         Columns from here on are padding and ignored.
+    out
+        Where to write: a `TokenStats`, or its five tensors in order, contiguous and on the inputs' device. It must not
+        overlap an input. No tensor is made then, but where a setting is a tensor of another dtype or layout.
 
     Returns
     -------
@@ -48,13 +56,24 @@ def token_stats(logits: Tensor, *, temperature: float | Tensor = 1.0, vocab_size
     """
     check_logits("token_stats", "logits", logits)
     if vocab_size is not None:
-        if not 0 < vocab_size <= logits.shape[-1]:
+        if not isinstance(vocab_size, (int, torch.SymInt)) or not 0 < vocab_size <= logits.shape[-1]:
             raise ValueError(
-                f"token_stats: vocab_size is {vocab_size}, expected 1 to {logits.shape[-1]} (the columns of logits)"
+                f"token_stats: vocab_size is {vocab_size}, expected 1 to {logits.shape[-1]} "
+                "(an integer, at most the columns of logits)"
             )
         logits = logits[..., :vocab_size]
-    number, rows = number_or_rows("token_stats", "temperature", temperature, logits, logits.shape[:-1], low=0.0)
-    return TokenStats(*run("token_stats", _op, logits, number, rows))
+    number, rows = number_or_rows("token_stats", "temperature", temperature, logits, low=0.0)
+    if out is not None:
+        out = check_out("token_stats", out, expected_stats(logits.shape[:-1]), logits)
+    return TokenStats._make(run("token_stats", _op, logits, number, rows, out=out))
+
+
+def expected_stats(shape: tuple[int, ...]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Return the names, dtypes and shapes of `TokenStats` for rows of this shape."""
+    return [(name, dtype, shape) for name, dtype in _DTYPES]
+
+
+_DTYPES = [(name, torch.int64 if name == "argmax" else torch.float32) for name in TokenStats._fields]
 
 
 def empty_stats(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,17 +102,10 @@ def _reference(logits: Tensor, temperature: float, temperatures: Tensor | None) 
     return round_stats(reference.token_stats(logits, temperature if temperatures is None else temperatures))
 
 
-def _cpp(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, ...]:
-    outputs = empty_stats(logits, logits.shape[:-1])
-    temperatures = native.flat(temperatures, torch.float32)
-    extension.token_stats(
-        native.rows(logits),
-        temperature,
-        native.address(temperatures),
-        torch.get_num_threads(),
-        *[output.data_ptr() for output in outputs],
-    )
-    return outputs
+def _cpp(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, *, out: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    return extension.token_stats(logits, temperature, temperatures, torch.get_num_threads(), out)
 
 
 _op = register(
