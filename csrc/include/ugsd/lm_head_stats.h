@@ -29,7 +29,7 @@ struct Dot {
     typename S::Float a, b;
   };
   static constexpr int kStep = 2 * S::kLanes;
-  static constexpr int kMaxRows = S::kLanes == 16 ? 8 : 4;  // hidden rows whose sums fit in registers twice
+  static constexpr int kMaxRows = S::kLanes == 16 ? 6 : 4;  // hidden rows of a tile
 
   static Sum zero() { return S::set(0); }
   static Columns load(const T* p) {
@@ -155,8 +155,7 @@ void lm_head_stats(const LmHeadStatsArgs& args) {
   using Hidden = typename D::Hidden;
   constexpr int64_t kGroup = 4;
   const int64_t rows = args.hidden.count(), width = args.hidden.columns, vocabulary = args.weight.count();
-  // An odd number of steps: hidden rows a multiple of 4096 bytes apart would share the same few places of L1.
-  const int64_t count = blocks_of(vocabulary), padded = ((width + D::kStep - 1) / D::kStep | 1) * D::kStep;
+  const int64_t count = blocks_of(vocabulary), padded = (width + D::kStep - 1) / D::kStep * D::kStep;
   auto* hidden = static_cast<Hidden*>(scratch(0, static_cast<size_t>(rows * padded) * sizeof(Hidden)));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < width; i += D::kStep)
@@ -166,7 +165,7 @@ void lm_head_stats(const LmHeadStatsArgs& args) {
   const int64_t stride = args.weight.inner_stride, row_bytes = width * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = rows_ahead(row_bytes) * stride;
 
-  // Logits of the weight rows from `v`, which are fetched from memory once: rows past D::kMaxRows find them in L1.
+  // Logits of the weight rows from `v`, which are fetched from memory once: the second four hidden rows find them in L1.
   const auto group = [&](int64_t v, int64_t weights, float* out) {
     const T* weight = args.weight.row<T>(v);
     // A prefetch whose address has yet to be translated comes late or never: each page's first line is asked for
@@ -174,9 +173,10 @@ void lm_head_stats(const LmHeadStatsArgs& args) {
     for (int64_t w = 0; w < weights; ++w)
       for (int64_t byte = 0; byte < row_bytes; byte += kPage)
         __builtin_prefetch(reinterpret_cast<const char*>(weight + w * stride + 2 * ahead) + byte, 0, 3);
-    for (int64_t r = 0; r < rows; r += D::kMaxRows)
-      dot_rows<D>(rows - r, weights, weight, stride, ahead, hidden + r * padded, padded, width, out + r * kBlock,
-                  kBlock);
+    for (int64_t r = 0, n; r < rows; r += n) {
+      n = rows - r > D::kMaxRows ? 4 : rows - r;  // beyond six, hidden and weight rows of 4 KiB do not share L1 well
+      dot_rows<D>(n, weights, weight, stride, ahead, hidden + r * padded, padded, width, out + r * kBlock, kBlock);
+    }
   };
   for_each_block(count, useful_threads(vocabulary * width, args.threads), [&](int64_t j) {
     const int64_t begin = j * kBlock, n = block_size(vocabulary, j);

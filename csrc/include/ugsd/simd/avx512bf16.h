@@ -18,7 +18,7 @@ struct Dot<simd::Avx512Bf16, bfloat16> {
   using Sum = __m512;
   using Columns = __m512i;
   static constexpr int kStep = 32;
-  static constexpr int kMaxRows = 8;
+  static constexpr int kMaxRows = 6;
 
   static Sum zero() { return _mm512_setzero_ps(); }
   static Columns load(const bfloat16* p) { return _mm512_loadu_si512(p); }
