@@ -165,7 +165,7 @@ void lm_head_stats(const LmHeadStatsArgs& args) {
   const int64_t stride = args.weight.inner_stride, row_bytes = width * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = rows_ahead(row_bytes) * stride;
 
-  // Logits of the weight rows from `v`, which are fetched from memory once: the second four hidden rows find them in L1.
+  // Logits of the weight rows from `v`, which come from memory once: hidden rows past a tile find them in L1.
   const auto group = [&](int64_t v, int64_t weights, float* out) {
     const T* weight = args.weight.row<T>(v);
     // A prefetch whose address has yet to be translated comes late or never: each page's first line is asked for
