@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,7 +41,7 @@ def assert_stats(got: reference.TokenStats, expected: reference.TokenStats, dtyp
 
 
 @cases.by_dtype()
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13])  # every tile, and more rows than fit in one
 @pytest.mark.parametrize(
     ("vocabulary", "width"),
     [
@@ -48,6 +51,7 @@ def assert_stats(got: reference.TokenStats, expected: reference.TokenStats, dtyp
         (4097, 64),  # a second block of one column
         (5, 2048),  # fewer weight rows than a tile
         (9000, 33),  # three blocks
+        (7, 5000),  # rows of several pages
     ],
     ids=str,
 )
@@ -99,6 +103,35 @@ def test_ties_take_the_lowest_index() -> None:
     got = ops.lm_head_stats(torch.ones(2, 8), weight)
     assert got.argmax.tolist() == [17, 17]
     assert got.margin.tolist() == [0.0, 0.0]
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """Bytes by which resident memory rises at most while ``call`` runs."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    except OSError:
+        pytest.skip("this system does not let a process reset its peak of resident memory")
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def test_no_logits_in_memory(backend: cases.Backend) -> None:
+    if not backend.native:
+        pytest.skip("the oracle makes its logits")
+    rows, vocabulary = 96, 400_000
+    hidden, weight = head((rows,), vocabulary, 8, torch.bfloat16)
+    logits = 4 * rows * vocabulary
+    ops.lm_head_stats(hidden[:1], weight)  # what the first call of all loads is not counted
+    assert peak_growth(lambda: torch.matmul(hidden.float(), weight.float().T)) > logits // 2
+    # A thread holds 4096 logits a row.
+    scratch = torch.get_num_threads() * 4 * rows * 4096
+    assert peak_growth(lambda: ops.lm_head_stats(hidden, weight)) < scratch + logits // 20
 
 
 def test_no_rows() -> None:

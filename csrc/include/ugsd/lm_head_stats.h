@@ -19,59 +19,97 @@ struct LmHeadStatsArgs {
 
 namespace detail {
 
-// Dot products in float32: hidden states are widened once, in the order in which weights are loaded in pairs.
+// Products of a weight row and hidden states, kStep columns a time: hidden states are widened once, in the order in
+// which weights are loaded in pairs.
 template <class S, class T>
 struct Dot {
   using Hidden = float;
-
-  static int64_t padded(int64_t width) { return (width + 2 * S::kLanes - 1) / (2 * S::kLanes) * (2 * S::kLanes); }
-
-  static void prepare(const T* hidden, int64_t width, float* out) {
+  using Sum = typename S::Float;
+  struct Columns {
     typename S::Float a, b;
-    for (int64_t i = 0; i < width; i += 2 * S::kLanes) {
-      load(hidden + i, width - i, a, b);
-      S::store(out + i, a);
-      S::store(out + i + S::kLanes, b);
-    }
-  }
+  };
+  static constexpr int kStep = 2 * S::kLanes;
+  static constexpr int kMaxRows = S::kLanes == 16 ? 6 : 4;  // hidden rows of a tile
 
-  // out[n * out_stride + w] = weight row w . hidden row n
-  template <int W, int N>
-  static void tile(const T* weight, int64_t weight_stride, const float* hidden, int64_t hidden_stride, int64_t width,
-                   float* out, int64_t out_stride) {
-    typename S::Float sums[W][N];
-    for (auto& row : sums)
-      for (auto& sum : row) sum = S::set(0);
-    const auto step = [&](int64_t i, auto load_weight) {
-      for (int w = 0; w < W; ++w) {
-        typename S::Float a, b;
-        load_weight(weight + w * weight_stride + i, a, b);
-        for (int n = 0; n < N; ++n) {
-          const float* h = hidden + n * hidden_stride + i;
-          sums[w][n] = S::fma(b, S::load(h + S::kLanes), S::fma(a, S::load(h), sums[w][n]));
-        }
-      }
-    };
-    int64_t i = 0;
-    for (; i + 2 * S::kLanes <= width; i += 2 * S::kLanes)
-      step(i, [&](const T* p, auto& a, auto& b) {
-        __builtin_prefetch(p + W * weight_stride);
-        if (sizeof(T) == 4) __builtin_prefetch(p + W * weight_stride + S::kLanes);
-        S::load_pair(p, a, b);
-      });
-    if (i < width) step(i, [&](const T* p, auto& a, auto& b) { load(p, width - i, a, b); });
-    for (int w = 0; w < W; ++w)
-      for (int n = 0; n < N; ++n) out[n * out_stride + w] = static_cast<float>(S::sum(sums[w][n]));
+  static Sum zero() { return S::set(0); }
+  static Columns load(const T* p) {
+    Columns x;
+    S::load_pair(p, x.a, x.b);
+    return x;
   }
-
- private:
-  template <class F>
-  static void load(const T* p, int64_t n, F& a, F& b) {
-    if (n >= 2 * S::kLanes) return S::load_pair(p, a, b);
-    a = S::load_partial(p, static_cast<int>(n), 0);
-    b = S::load_partial(p + S::kLanes, static_cast<int>(n - S::kLanes), 0);
+  static Columns load_partial(const T* p, int64_t n) {
+    if (n >= kStep) return load(p);
+    return {S::load_partial(p, static_cast<int>(n), 0),
+            S::load_partial(p + S::kLanes, static_cast<int>(n - S::kLanes), 0)};
   }
+  static Columns load_hidden(const float* p) { return {S::load(p), S::load(p + S::kLanes)}; }
+  static void store_hidden(float* p, const Columns& x) {
+    S::store(p, x.a);
+    S::store(p + S::kLanes, x.b);
+  }
+  static Sum add(Sum sum, const Columns& x, const Columns& h) { return S::fma(x.b, h.b, S::fma(x.a, h.a, sum)); }
+  static float total(Sum sum) { return static_cast<float>(S::sum(sum)); }
 };
+
+constexpr int64_t kLine = 64, kPage = 4096;  // bytes
+
+// Weight rows between a row and the one whose lines are fetched meanwhile: 16 KiB and more, some 500 ns of memory time.
+static inline int64_t rows_ahead(int64_t row_bytes) { return row_bytes ? (4 * kPage + row_bytes - 1) / row_bytes : 0; }
+
+// out[n * out_stride + w] = weight row w . hidden row n, every sum in column order. Fetches the rows `ahead` elements
+// on into L2 (prefetcht1): into L1 they would drive the hidden rows out, and take the miss buffers that the loads need.
+template <class D, int W, int N, class T>
+void dot_tile(const T* weight, int64_t weight_stride, int64_t ahead, const typename D::Hidden* hidden,
+              int64_t hidden_stride, int64_t width, float* out, int64_t out_stride) {
+  typename D::Sum sums[W][N];
+#pragma GCC unroll 8
+  for (auto& row : sums)
+#pragma GCC unroll 8
+    for (auto& sum : row) sum = D::zero();
+  const auto step = [&](int64_t i, auto load) {
+    typename D::Columns x[W];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) x[w] = load(weight + w * weight_stride + i);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const auto h = D::load_hidden(hidden + n * hidden_stride + i);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) sums[w][n] = D::add(sums[w][n], x[w], h);
+    }
+  };
+  constexpr int kLineColumns = kLine / sizeof(T), kFetched = D::kStep < kLineColumns ? kLineColumns : D::kStep;
+  int64_t i = 0;
+  for (; i + kFetched <= width; i += kFetched) {
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w)
+#pragma GCC unroll 8
+      for (int line = 0; line < kFetched; line += kLineColumns)
+        __builtin_prefetch(weight + w * weight_stride + ahead + i + line, 0, 2);
+    for (int part = 0; part < kFetched; part += D::kStep) step(i + part, [](const T* p) { return D::load(p); });
+  }
+  for (; i < width; i += D::kStep) step(i, [&](const T* p) { return D::load_partial(p, width - i); });
+  for (int w = 0; w < W; ++w)
+    for (int n = 0; n < N; ++n) out[n * out_stride + w] = D::total(sums[w][n]);
+}
+
+// dot_tile for `rows` hidden rows, at most D::kMaxRows. Few rows take four weight rows at a time, so that sums do not
+// wait for each other; many take two: more streams of weights, and hidden rows leave L1.
+template <class D, int N = 1, class T>
+void dot_rows(int64_t rows, int64_t weights, const T* weight, int64_t weight_stride, int64_t ahead,
+              const typename D::Hidden* hidden, int64_t hidden_stride, int64_t width, float* out, int64_t out_stride) {
+  if constexpr (N < D::kMaxRows)
+    if (rows > N)
+      return dot_rows<D, N + 1>(rows, weights, weight, weight_stride, ahead, hidden, hidden_stride, width, out,
+                                out_stride);
+  constexpr int W = N <= 2 ? 4 : 2;
+  int64_t w = 0;
+  for (; w + W <= weights; w += W)
+    dot_tile<D, W, N>(weight + w * weight_stride, weight_stride, ahead, hidden, hidden_stride, width, out + w,
+                      out_stride);
+  for (; w < weights; ++w)
+    dot_tile<D, 1, N>(weight + w * weight_stride, weight_stride, ahead, hidden, hidden_stride, width, out + w,
+                      out_stride);
+}
 
 // One block's statistics, its maximum left out of the sums.
 struct HeadSums {
@@ -114,36 +152,36 @@ static inline RowStats merge_heads(const HeadSums* blocks, int64_t count, float 
 template <class S, class T>
 void lm_head_stats(const LmHeadStatsArgs& args) {
   using D = Dot<S, T>;
-  constexpr int kTileRows = 4;
+  using Hidden = typename D::Hidden;
+  constexpr int64_t kGroup = 4;
   const int64_t rows = args.hidden.count(), width = args.hidden.columns, vocabulary = args.weight.count();
-  const int64_t count = blocks_of(vocabulary), padded = D::padded(width);
-  auto* hidden =
-      static_cast<typename D::Hidden*>(scratch(0, static_cast<size_t>(rows * padded) * sizeof(typename D::Hidden)));
-  for (int64_t r = 0; r < rows; ++r) D::prepare(args.hidden.row<T>(r), width, hidden + r * padded);
+  const int64_t count = blocks_of(vocabulary), padded = (width + D::kStep - 1) / D::kStep * D::kStep;
+  auto* hidden = static_cast<Hidden*>(scratch(0, static_cast<size_t>(rows * padded) * sizeof(Hidden)));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; i += D::kStep)
+      D::store_hidden(hidden + r * padded + i, D::load_partial(args.hidden.row<T>(r) + i, width - i));
   auto* partials = static_cast<HeadSums*>(scratch(1, static_cast<size_t>(rows * count) * sizeof(HeadSums)));
   const auto* bias = static_cast<const T*>(args.bias);
-  const int64_t stride = args.weight.inner_stride;
+  const int64_t stride = args.weight.inner_stride, row_bytes = width * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = rows_ahead(row_bytes) * stride;
 
-  // Logits of `W` weight rows from `v` for every hidden row.
-  const auto group = [&](auto tile_rows, int64_t v, float* out) {
-    constexpr int W = decltype(tile_rows)::value;
+  // Logits of the weight rows from `v`, which come from memory once: hidden rows past a tile find them in L1.
+  const auto group = [&](int64_t v, int64_t weights, float* out) {
     const T* weight = args.weight.row<T>(v);
-    int64_t r = 0;
-    const auto tile = [&](auto tile_columns) {
-      constexpr int N = decltype(tile_columns)::value;
-      for (; r + N <= rows; r += N)
-        D::template tile<W, N>(weight, stride, hidden + r * padded, padded, width, out + r * kBlock, kBlock);
-    };
-    tile(std::integral_constant<int, 4>{});
-    tile(std::integral_constant<int, 2>{});
-    tile(std::integral_constant<int, 1>{});
+    // A prefetch whose address has yet to be translated comes late or never: each page's first line is asked for
+    // twice as far ahead, which also starts the hardware's own streams.
+    for (int64_t w = 0; w < weights; ++w)
+      for (int64_t byte = 0; byte < row_bytes; byte += kPage)
+        __builtin_prefetch(reinterpret_cast<const char*>(weight + w * stride + 2 * ahead) + byte, 0, 3);
+    for (int64_t r = 0, n; r < rows; r += n) {
+      n = rows - r > D::kMaxRows ? 4 : rows - r;  // beyond six, hidden and weight rows of 4 KiB do not share L1 well
+      dot_rows<D>(n, weights, weight, stride, ahead, hidden + r * padded, padded, width, out + r * kBlock, kBlock);
+    }
   };
   for_each_block(count, useful_threads(vocabulary * width, args.threads), [&](int64_t j) {
     const int64_t begin = j * kBlock, n = block_size(vocabulary, j);
     auto* logits = static_cast<float*>(scratch(2, static_cast<size_t>(rows * kBlock) * sizeof(float)));
-    int64_t v = 0;
-    for (; v + kTileRows <= n; v += kTileRows) group(std::integral_constant<int, kTileRows>{}, begin + v, logits + v);
-    for (; v < n; ++v) group(std::integral_constant<int, 1>{}, begin + v, logits + v);
+    for (int64_t v = 0; v < n; v += kGroup) group(begin + v, n - v < kGroup ? n - v : kGroup, logits + v);
     for (int64_t r = 0; r < rows; ++r) {
       float* z = logits + r * kBlock;
       if (bias)
