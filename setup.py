@@ -26,7 +26,7 @@ else:
 SOURCES = ["csrc/bindings.cpp", *(f"csrc/cpu/{unit}.cpp" for unit in ("dispatch", "kv_compact", *ISAS))]
 
 # FMA contraction off: results must not depend on which expressions a compiler happens to fuse.
-FLAGS = ["-O2", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0"]
+FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0"]
 
 
 class BuildExtension(build_ext):

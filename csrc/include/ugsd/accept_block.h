@@ -104,10 +104,17 @@ class Acceptor {
     for_each_block(blocks_, threads_, [&](int64_t j) { f(j, j * kBlock, block_size(columns_, j)); });
   }
 
-  // Block sums of a row into sums_, and its softmax.
+  // Block sums of a row into sums_, and its softmax. Blocks share a reference, the row's first columns, where that is
+  // near enough to them all.
   template <Moment kMoment, class T>
   Softmax softmax(const T* z) {
-    each_block([&](int64_t j, int64_t begin, int64_t n) { sums_[j] = block_sums<S, kMoment>(z + begin, n, 1.0f); });
+    constexpr int64_t kGuessed = 128;
+    float guess;
+    const bool shared = kMoment == Moment::kSkip && columns_ > kGuessed && range_of<S, kGuessed>(z, -kFar, guess);
+    each_block([&](int64_t j, int64_t begin, int64_t n) {
+      if (!shared || !sums_near<S, kMoment>(z + begin, n, guess, 1.0f, sums_[j]))
+        sums_[j] = block_sums<S, kMoment>(z + begin, n, 1.0f);
+    });
     const double reference = row_reference(sums_, blocks_);
     double mass = 0;
     for (int64_t j = 0; j < blocks_; ++j) mass += weight_of(sums_[j], reference, 1.0f) * sums_[j].mass;
@@ -246,12 +253,11 @@ class Acceptor {
     return draw_token<S>(target(length_), columns_, sums_, 1.0f, draw(args_.block));
   }
 
-  // Vectors of a row's probabilities times a weight, exactly 0 for masked columns and past the row's end.
+  // Vectors of a row's probabilities times a weight, exactly 0 for masked columns.
   template <class T>
   class Probabilities {
    public:
-    Probabilities(const T* z, const Softmax& softmax, double weight)
-        : z_(z), near_(near(softmax)), exp2_(octaves_of(1), near_) {
+    Probabilities(const T* z, const Softmax& softmax, double weight) : z(z), exp2_(octaves_of(1), near(softmax)) {
       factor_ =
           S::set(softmax.empty() ? 0 : static_cast<float>(weight * std::exp(exp2_.reference() - softmax.logsumexp)));
     }
@@ -259,17 +265,15 @@ class Acceptor {
       return near(softmax) < 1e30f && typename S::Exp2(octaves_of(1), near(softmax)).exact();
     }
 
-    typename S::Float operator()(int64_t column, int64_t end) const {
-      return S::mul(exp2_.masked(S::load_partial(z_ + column, static_cast<int>(end - column), -kInfinity)), factor_);
-    }
+    UGSD_INLINE typename S::Float operator()(typename S::Float z) const { return S::mul(exp2_.masked(z), factor_); }
+
+    const T* z;
 
    private:
     static float near(const Softmax& softmax) {
       return softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp);
     }
 
-    const T* z_;
-    float near_;
     typename S::Exp2 exp2_;
     typename S::Float factor_;
   };
@@ -279,18 +283,18 @@ class Acceptor {
   class FarProbabilities {
    public:
     FarProbabilities(const T* z, const Softmax& softmax, double weight)
-        : z_(z), near_(S::set(softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp))) {
-      factor_ = S::set(softmax.empty() ? 0 : static_cast<float>(weight));
-    }
+        : z(z),
+          near_(S::set(softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp))),
+          factor_(S::set(softmax.empty() ? 0 : static_cast<float>(weight))) {}
 
-    typename S::Float operator()(int64_t column, int64_t end) const {
-      const auto z = S::load_partial(z_ + column, static_cast<int>(end - column), -kInfinity);
+    typename S::Float operator()(typename S::Float z) const {
       const auto d = S::sub(S::min(S::set(kLargest), z), near_), lowest = S::set(simd::kLowest);
       return S::mul(S::select(S::greater(d, lowest), exp_(S::max(d, lowest)), S::set(0)), factor_);
     }
 
+    const T* z;
+
    private:
-    const T* z_;
     typename S::Float near_, factor_;
     typename S::Exp exp_{1.0f};
   };
@@ -302,7 +306,33 @@ class Acceptor {
     Right q;
 
     typename S::Float operator()(int64_t column, int64_t end) const {
-      return S::max(S::sub(p(column, end), q(column, end)), S::set(0));
+      const int n = static_cast<int>(end - column);
+      return positive(p(S::load_partial(p.z + column, n, -kInfinity)), q(S::load_partial(q.z + column, n, -kInfinity)));
+    }
+    // The sum over columns from `begin` to `end`.
+    double sum(int64_t begin, int64_t end) const {
+      const Left left = p;
+      const Right right = q;
+      auto even = S::set(0), odd = even, a = even, b = even, c = even, d = even;
+      int64_t v = begin;
+      for (; v + 2 * S::kLanes <= end; v += 2 * S::kLanes) {
+        if (std::is_same_v<decltype(p.z), decltype(q.z)>) {
+          S::load_pair(left.z + v, a, b);
+          S::load_pair(right.z + v, c, d);
+        } else {  // whose pairs come in orders of their own
+          a = S::load(left.z + v), b = S::load(left.z + v + S::kLanes);
+          c = S::load(right.z + v), d = S::load(right.z + v + S::kLanes);
+        }
+        even = S::add(even, positive(left(a), right(c)));
+        odd = S::add(odd, positive(left(b), right(d)));
+      }
+      for (; v < end; v += S::kLanes) even = S::add(even, (*this)(v, end));
+      return S::sum(S::add(even, odd));
+    }
+
+   private:
+    static typename S::Float positive(typename S::Float p, typename S::Float q) {
+      return S::max(S::sub(p, q), S::set(0));
     }
   };
 
@@ -313,12 +343,22 @@ class Acceptor {
     int64_t token;
 
     typename S::Float operator()(int64_t column, int64_t end) const {
-      const auto x = p(column, end);
+      const auto x = p(S::load_partial(p.z + column, static_cast<int>(end - column), -kInfinity));
       if (token < column || token >= column + S::kLanes) return x;
       alignas(64) float lanes[S::kLanes];
       S::store(lanes, x);
       lanes[token - column] = 0;
       return S::load(static_cast<const float*>(lanes));
+    }
+    double sum(int64_t begin, int64_t end) const {
+      auto even = S::set(0), odd = even;
+      int64_t v = begin;
+      for (; v + S::kLanes < end; v += 2 * S::kLanes) {
+        even = S::add(even, (*this)(v, end));
+        odd = S::add(odd, (*this)(v + S::kLanes, end));
+      }
+      if (v < end) even = S::add(even, (*this)(v, end));
+      return S::sum(S::add(even, odd));
     }
   };
 
@@ -343,17 +383,7 @@ class Acceptor {
   // Residual mass of row i by block into masses_, and its sum.
   double residual(int64_t i, double w) {
     with_residual(i, w, [&](const auto& r) {
-      each_block([&](int64_t j, int64_t begin, int64_t n) {
-        auto even = S::set(0), odd = even;
-        const int64_t end = begin + n;
-        int64_t v = begin;
-        for (; v + S::kLanes < end; v += 2 * S::kLanes) {
-          even = S::add(even, r(v, end));
-          odd = S::add(odd, r(v + S::kLanes, end));
-        }
-        if (v < end) even = S::add(even, r(v, end));
-        masses_[j] = S::sum(S::add(even, odd));
-      });
+      each_block([&](int64_t j, int64_t begin, int64_t n) { masses_[j] = r.sum(begin, begin + n); });
     });
     double total = 0;
     for (int64_t j = 0; j < blocks_; ++j) total += masses_[j];

@@ -139,8 +139,9 @@ void add_sums(const T* z, int64_t n, float max, float scale, double& mass, doubl
 template <class S, Moment kMoment, class T>
 bool sums_near(const T* z, int64_t n, float reference, float scale, BlockSums& sums) {
   using F = typename S::Float;
-  // Octaves over the reference: far from overflow, and the moment loses under a digit when it moves to the maximum.
-  constexpr float kNear = kMoment == Moment::kSum ? 0x1p13f : 0x1p60f;
+  // Octaves over the reference, which cost digits: of y, and of the moment when it moves to the maximum.
+  constexpr float kNear = kMoment == Moment::kSum ? 0x1p13f : 0x1p32f;
+  constexpr double kFaint = 0x1p-32;
   const float octaves = octaves_of(scale);
   const typename S::Exp2 exp2(octaves, reference);
   if (!exp2.exact()) return false;
@@ -159,19 +160,22 @@ bool sums_near(const T* z, int64_t n, float reference, float scale, BlockSums& s
         }
       },
       [&] {
-        peak = S::max(lanes.largest_mass(), peak);
+        if (kMoment == Moment::kSum) peak = S::max(lanes.largest_mass(), peak);
         lanes.flush();
       });
-  // A lane's sum is no less than its largest term.
-  const float most = S::maximum(peak);
   const double mass = lanes.total_mass();
+  // A sum is no less than its largest term.
+  const float most = kMoment == Moment::kSum ? S::maximum(peak) : static_cast<float>(mass);
   sums.mass = mass;
-  if (!(mass > 0 && mass < 0x1p100 && most < kNear)) return false;
+  if (!(mass > kFaint && mass < 0x1p100 && most < kNear)) return false;
   if (kMoment == Moment::kSum) sums.moment = (lanes.total_moment() - exp2.offset() * mass) / octaves;
   sums.reference = exp2.reference();
   sums.bound = round_up(sums.reference + log2_bound(most) / octaves);
   return true;
 }
+
+// Larger logits than this are read with care.
+constexpr float kFar = 1e30f;
 
 // The maximum of `N` columns, and whether all of them are larger than `low`.
 template <class S, int64_t N, class T>
@@ -190,7 +194,6 @@ bool range_of(const T* z, float low, float& max) {
 template <class S, Moment kMoment, class T>
 BlockSums block_sums(const T* z, int64_t n, float scale) {
   constexpr int64_t kGuessed = 128;
-  constexpr float kFar = 1e30f;
   float max = kInfinity, guess;
   if (n > kGuessed && scale > 1e-6f && scale < 1e6f && range_of<S, kGuessed>(z, -kFar, guess)) {
     BlockSums sums;
@@ -212,10 +215,14 @@ static inline double row_reference(const BlockSums* blocks, int64_t count) {
   return reference;
 }
 
+// e^(shift / T)
+static inline double weight_of_shift(double shift, float scale) {
+  return shift == 0 ? 1 : std::exp2(shift * octaves_of(scale));  // the octaves may be infinite
+}
+
 // What a block's mass counts relative to another reference.
 static inline double weight_of(const BlockSums& block, double reference, float scale) {
-  if (block.mass == 0) return 0;
-  return std::exp2((block.reference - reference) * octaves_of(scale));
+  return block.mass == 0 ? 0 : weight_of_shift(block.reference - reference, scale);
 }
 
 }  // namespace ugsd::detail

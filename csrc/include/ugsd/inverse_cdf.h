@@ -92,7 +92,7 @@ int64_t draw_token(const T* z, int64_t columns, const BlockSums* blocks, float s
   if (drawn.block < 0) return -1;
   const int64_t begin = drawn.block * kBlock, n = block_size(columns, drawn.block);
   const auto near = static_cast<float>(blocks[drawn.block].reference);
-  const double left = drawn.left * std::exp2((reference - near) * octaves_of(scale));
+  const double left = drawn.left * weight_of_shift(reference - near, scale);
   return begin + draw_column<S>(n, left, ColumnMass<S, T>(z + begin, n, near, scale));
 }
 

@@ -76,11 +76,11 @@ enum class Top { kSkip, kFind };
 template <class S, Top kTop, class T>
 StoredCount count_stored(const T* z, int64_t n, StoredRange range) {
   using V = typename S::Short;
-  // Moved so that the first is the smallest signed integer, a range takes one comparison.
-  const auto shift = V::set(kNegative - range.first), end = V::set(range.last + 1 - range.first + kNegative);
+  // A range that starts at 0 takes one unsigned comparison, as does any other once it is moved there.
+  const auto shift = V::set(-range.first), end = V::set(range.last + 1 - range.first);
   auto count0 = V::set(0), count1 = count0, top0 = count0, top1 = count0;
   const auto add = [&](typename V::Vector x, typename V::Vector& count, typename V::Vector& top) {
-    count = V::count(V::less(V::add(x, shift), end), count);
+    count = V::count(V::below(kTop == Top::kFind ? x : V::add(x, shift), end), count);
     if (kTop == Top::kFind) top = V::max(top, x);
   };
   constexpr int64_t kStep = 4 * V::kLanes;

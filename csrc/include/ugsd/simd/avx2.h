@@ -164,7 +164,9 @@ struct Avx2 {
     static Vector max(Vector a, Vector b) { return _mm256_max_epi16(a, b); }
     static Vector min(Vector a, Vector b) { return _mm256_min_epi16(a, b); }
 
-    static Mask less(Vector a, Vector b) { return _mm256_cmpgt_epi16(b, a); }
+    static Mask below(Vector a, Vector b) {
+      return _mm256_cmpgt_epi16(add(b, set(-0x8000)), add(a, set(-0x8000)));  // the signed comparison is all there is
+    }
     static Mask equal(Vector a, Vector b) { return _mm256_cmpeq_epi16(a, b); }
     static Vector count(Mask m, Vector counts) { return _mm256_sub_epi16(counts, m); }
     static int first(Mask m) {

@@ -185,7 +185,7 @@ struct Avx512 {
     static Vector max(Vector a, Vector b) { return _mm512_max_epi16(a, b); }
     static Vector min(Vector a, Vector b) { return _mm512_min_epi16(a, b); }
 
-    static Mask less(Vector a, Vector b) { return _mm512_cmplt_epi16_mask(a, b); }
+    static Mask below(Vector a, Vector b) { return _mm512_cmplt_epu16_mask(a, b); }
     static Mask equal(Vector a, Vector b) { return _mm512_cmpeq_epi16_mask(a, b); }
     static Vector count(Mask m, Vector counts) { return _mm512_mask_sub_epi16(counts, m, counts, set(-1)); }
     static int first(Mask m) { return m ? __builtin_ctz(m) : -1; }

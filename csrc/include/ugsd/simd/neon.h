@@ -158,7 +158,7 @@ struct Neon {
     static Vector max(Vector a, Vector b) { return vmaxq_s16(a, b); }
     static Vector min(Vector a, Vector b) { return vminq_s16(a, b); }
 
-    static Mask less(Vector a, Vector b) { return vcltq_s16(a, b); }
+    static Mask below(Vector a, Vector b) { return vcltq_u16(vreinterpretq_u16_s16(a), vreinterpretq_u16_s16(b)); }
     static Mask equal(Vector a, Vector b) { return vceqq_s16(a, b); }
     static Vector count(Mask m, Vector counts) { return vsubq_s16(counts, vreinterpretq_s16_u16(m)); }
     static int first(Mask m) {

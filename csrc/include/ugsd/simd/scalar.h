@@ -146,7 +146,8 @@ struct Scalar {
   };
 
   // Other instruction sets compare 16-bit numbers as they are stored, in signed lanes; this one makes floats of them.
-  // `both` is the bitwise and, `count` adds 1 where the mask is set, `first` is a mask's first lane or -1.
+  // `both` is the bitwise and, `below` compares as unsigned, `count` adds 1 where the mask is set, `first` is a mask's
+  // first lane or -1.
   using Short = void;
 };
 
