@@ -27,8 +27,9 @@ void for_each_block(int64_t blocks, int threads, const Block& block) {
 // Calls block(row, j, partial) for every block of every row and then finish(row, partials) for every row.
 // Many rows are split by row, few by block; a row's partials reach `finish` in column order either way.
 template <class Partial, class Block, class Finish>
-void for_blocks_of(int64_t rows, int64_t blocks, int threads, const Block& block, const Finish& finish) {
-  threads = useful_threads(rows * blocks * kBlock, threads);
+void for_blocks_of(int64_t rows, int64_t blocks, int threads, const Block& block, const Finish& finish,
+                   int64_t block_columns = kBlock) {
+  threads = useful_threads(rows * blocks * block_columns, threads);
   const auto partials_of = [&](int64_t r) {
     return static_cast<Partial*>(scratch(0, static_cast<size_t>(r * blocks) * sizeof(Partial)));
   };
