@@ -90,15 +90,13 @@ def number_or_rows(
 
 def word_or_rows(op: str, name: str, value: int | Tensor, like: Tensor) -> tuple[int, Tensor | None]:
     """Split a seed or offset into ``(int64, tensor)``: any Python integer, or an integer tensor a row."""
-    if type(value) is int:
+    if isinstance(value, int):
         # The generator takes 64 bits: a Python integer stands for its low ones.
         return (value + _HALF) % _WORDS - _HALF, None
-    if isinstance(value, Tensor):
-        check_integers(op, name, value)
-        return 0, number_or_rows(op, name, value, like, dtype=torch.int64)[1]
-    if not isinstance(value, int):
+    if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} is {value!r}, expected an integer or an integer tensor")
-    return (value + _HALF) % _WORDS - _HALF, None
+    check_integers(op, name, value)
+    return 0, number_or_rows(op, name, value, like, dtype=torch.int64)[1]
 
 
 def count_or_rows(op: str, name: str, value: int | Tensor, like: Tensor) -> tuple[int, Tensor | None]:

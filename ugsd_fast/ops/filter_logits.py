@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import reference
-from ugsd_fast.ops import native
 from ugsd_fast.ops.backend import extension, register, run
 from ugsd_fast.ops.checks import check_logits, check_out, count_or_rows, number_or_rows
 
@@ -97,18 +96,6 @@ def _fake(logits: Tensor, *settings: Any) -> Tensor:
 
 def _reference(logits: Tensor, *settings: Any) -> Tensor:
     return reference.filter_logits(logits, *merge(*settings)).float()
-
-
-def addresses(settings: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[list[float], list[Tensor | None]]:
-    """Return the settings with each row tensor as an address, and the tensors to hold meanwhile."""
-    tensors = [native.flat(rows, dtype) for rows, dtype in zip(settings[1::2], dtypes, strict=True)]
-    merged: list[float] = []
-    for number, rows in zip(settings[::2], tensors, strict=True):
-        merged += [number, native.address(rows)]
-    return merged, tensors
-
-
-FILTER_DTYPES = (torch.float32, torch.int64, torch.float32, torch.float32)
 
 
 def _cpp(logits: Tensor, *settings: Any, out: tuple[Tensor] | None = None) -> Any:

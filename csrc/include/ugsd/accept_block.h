@@ -108,9 +108,8 @@ class Acceptor {
   // near enough to them all.
   template <Moment kMoment, class T>
   Softmax softmax(const T* z) {
-    constexpr int64_t kGuessed = 128;
     float guess;
-    const bool shared = kMoment == Moment::kSkip && columns_ > kGuessed && range_of<S, kGuessed>(z, -kFar, guess);
+    const bool shared = kMoment == Moment::kSkip && guess_max<S>(z, columns_, guess);
     each_block([&](int64_t j, int64_t begin, int64_t n) {
       if (!shared || !sums_near<S, kMoment>(z + begin, n, guess, 1.0f, sums_[j]))
         sums_[j] = block_sums<S, kMoment>(z + begin, n, 1.0f);
@@ -253,6 +252,11 @@ class Acceptor {
     return draw_token<S>(target(length_), columns_, sums_, 1.0f, draw(args_.block));
   }
 
+  // The float32 next to a row's logsumexp, under which all its probabilities are; over all logits for an empty row.
+  static float near(const Softmax& softmax) {
+    return softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp);
+  }
+
   // Vectors of a row's probabilities times a weight, exactly 0 for masked columns.
   template <class T>
   class Probabilities {
@@ -262,7 +266,7 @@ class Acceptor {
           S::set(softmax.empty() ? 0 : static_cast<float>(weight * std::exp(exp2_.reference() - softmax.logsumexp)));
     }
     static bool fits(const Softmax& softmax) {
-      return near(softmax) < 1e30f && typename S::Exp2(octaves_of(1), near(softmax)).exact();
+      return near(softmax) < kFar && typename S::Exp2(octaves_of(1), near(softmax)).exact();
     }
 
     UGSD_INLINE typename S::Float operator()(typename S::Float z) const { return S::mul(exp2_.masked(z), factor_); }
@@ -270,10 +274,6 @@ class Acceptor {
     const T* z;
 
    private:
-    static float near(const Softmax& softmax) {
-      return softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp);
-    }
-
     typename S::Exp2 exp2_;
     typename S::Float factor_;
   };
@@ -284,19 +284,17 @@ class Acceptor {
    public:
     FarProbabilities(const T* z, const Softmax& softmax, double weight)
         : z(z),
-          near_(S::set(softmax.empty() ? kLargest : static_cast<float>(softmax.logsumexp))),
-          factor_(S::set(softmax.empty() ? 0 : static_cast<float>(weight))) {}
+          mass_(near(softmax), 1),
+          factor_(
+              S::set(softmax.empty() ? 0 : static_cast<float>(weight * std::exp(near(softmax) - softmax.logsumexp)))) {}
 
-    typename S::Float operator()(typename S::Float z) const {
-      const auto d = S::sub(S::min(S::set(kLargest), z), near_), lowest = S::set(simd::kLowest);
-      return S::mul(S::select(S::greater(d, lowest), exp_(S::max(d, lowest)), S::set(0)), factor_);
-    }
+    typename S::Float operator()(typename S::Float z) const { return S::mul(mass_(z), factor_); }
 
     const T* z;
 
    private:
-    typename S::Float near_, factor_;
-    typename S::Exp exp_{1.0f};
+    Mass<S> mass_;
+    typename S::Float factor_;
   };
 
   // max(0, w p - q)

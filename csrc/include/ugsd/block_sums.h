@@ -177,32 +177,32 @@ bool sums_near(const T* z, int64_t n, float reference, float scale, BlockSums& s
 // Larger logits than this are read with care.
 constexpr float kFar = 1e30f;
 
-// The maximum of `N` columns, and whether all of them are larger than `low`.
-template <class S, int64_t N, class T>
-bool range_of(const T* z, float low, float& max) {
+// Guesses the maximum by the first columns; false where there are too few, or one is masked or far off.
+template <class S, class T>
+bool guess_max(const T* z, int64_t n, float& guess) {
+  constexpr int64_t kGuessed = 128;
+  if (n <= kGuessed) return false;
   auto most = S::set(-kInfinity), least = S::set(kInfinity);
-  for (int64_t i = 0; i < N; i += S::kLanes) {
+  for (int64_t i = 0; i < kGuessed; i += S::kLanes) {
     const auto x = S::max(S::load(z + i), S::set(-kInfinity));
     most = S::max(x, most);
     least = S::min(x, least);
   }
-  max = S::maximum(most);
-  return S::bits(S::greater(least, S::set(low))) == S::bits(S::equal(least, least)) && max < kLargest;
+  guess = S::maximum(most);
+  return S::bits(S::greater(least, S::set(-kFar))) == S::bits(S::equal(least, least)) && guess < kLargest;
 }
 
 // The sums of a block, read once where its first columns tell the size of its maximum and none is masked.
 template <class S, Moment kMoment, class T>
 BlockSums block_sums(const T* z, int64_t n, float scale) {
-  constexpr int64_t kGuessed = 128;
-  float max = kInfinity, guess;
-  if (n > kGuessed && scale > 1e-6f && scale < 1e6f && range_of<S, kGuessed>(z, -kFar, guess)) {
-    BlockSums sums;
-    if (sums_near<S, kMoment>(z, n, guess, scale, sums)) return sums;
-    max = block_max<S>(z, n);
-    if (sums.mass == sums.mass && max < kFar && sums_near<S, kMoment>(z, n, max, scale, sums)) return sums;
-  }
-  if (max == kInfinity) max = block_max<S>(z, n);
-  BlockSums sums{0, 0, max, max};
+  float guess;
+  BlockSums sums{};
+  const bool guessed = scale > 1e-6f && scale < 1e6f && guess_max<S>(z, n, guess);
+  if (guessed && sums_near<S, kMoment>(z, n, guess, scale, sums)) return sums;
+  const float max = block_max<S>(z, n);
+  const bool unmasked = guessed && sums.mass == sums.mass;
+  if (unmasked && max < kFar && sums_near<S, kMoment>(z, n, max, scale, sums)) return sums;
+  sums = {0, 0, max, max};
   if (max > -kInfinity) add_sums<S, kMoment>(z, n, max, scale, sums.mass, sums.moment);
   return sums;
 }

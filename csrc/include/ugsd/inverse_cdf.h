@@ -62,24 +62,37 @@ BlockDraw draw_block(int64_t count, double u, const Mass& mass) {
   return drawn;
 }
 
-// e of columns i, i + 1, ...: exp((z - max) scale), exactly 0 for masked columns and past `n`.
+// e = exp((z - max) scale) of any logits, exactly 0 for masked ones.
+template <class S>
+class Mass {
+ public:
+  Mass(float max, float scale)
+      : max_(S::set(max)), lowest_(S::set(simd::kLowest / exp_scale(scale))), exp_(exp_scale(scale)) {}
+
+  typename S::Float operator()(typename S::Float z) const {
+    const auto d = S::sub(S::min(S::set(kLargest), z), max_);
+    return S::select(S::greater(d, lowest_), exp_(S::max(d, lowest_)), S::set(0));
+  }
+
+ private:
+  typename S::Float max_, lowest_;
+  typename S::Exp exp_;
+};
+
+// e of columns i, i + 1, ..., 0 past `n`.
 template <class S, class T>
 class ColumnMass {
  public:
-  ColumnMass(const T* z, int64_t n, float max, float scale)
-      : z_(z), n_(n), max_(S::set(max)), lowest_(S::set(simd::kLowest / exp_scale(scale))), exp_(exp_scale(scale)) {}
+  ColumnMass(const T* z, int64_t n, float max, float scale) : z_(z), n_(n), mass_(max, scale) {}
 
   typename S::Float operator()(int64_t i) const {
-    const auto z = S::min(S::set(kLargest), S::load_partial(z_ + i, static_cast<int>(n_ - i), -kInfinity));
-    const auto d = S::sub(z, max_);
-    return S::select(S::greater(d, lowest_), exp_(S::max(d, lowest_)), S::set(0));
+    return mass_(S::load_partial(z_ + i, static_cast<int>(n_ - i), -kInfinity));
   }
 
  private:
   const T* z_;
   int64_t n_;
-  typename S::Float max_, lowest_;
-  typename S::Exp exp_;
+  Mass<S> mass_;
 };
 
 // Draws from softmax(z * scale), of whose blocks the sums are known.

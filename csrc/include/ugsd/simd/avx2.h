@@ -99,11 +99,14 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   }
 
+  // The nearest integer.
+  static Float round(Float y) { return _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
   struct Exp {
     explicit Exp(float scale) : scale_(_mm256_set1_ps(scale * kLog2E)) {}
     Float operator()(Float d) const {
       const Float y = mul(d, scale_);
-      const Float n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const Float n = round(y);
       const Float r = _mm256_fmsub_ps(d, scale_, n);  // y's own rounding does not reach r
       return power(r, n);
     }
@@ -112,32 +115,7 @@ struct Avx2 {
     Float scale_;
   };
 
-  struct Exp2 {
-    Exp2(float octaves, float reference)
-        : octaves_(octaves), shift_(reference * octaves), slope_(set(octaves)), shifts_(set(-shift_)) {}
-    bool exact() const { return true; }
-    double reference() const { return shift_ / octaves_; }
-    static double offset() { return 0; }
-    Float operator()(Float z, Float& y) const {
-      y = min(set(126), max(fma(z, slope_, shifts_), set(-126)));
-      const Float n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      return power(sub(y, n), n);
-    }
-    Float masked(Float z) const {
-      Float y;
-      const Float e = (*this)(z, y);
-      return select(greater(y, set(-126)), e, set(0));
-    }
-    Float add(Float total, Float z) const {
-      Float y;
-      return Avx2::add(total, (*this)(z, y));
-    }
-
-   private:
-    double octaves_;
-    float shift_;
-    Float slope_, shifts_;
-  };
+  using Exp2 = FusedExp2<Avx2>;
 
   // Sixteen signed lanes: bfloat16 and float16 as they are stored.
   struct Short {

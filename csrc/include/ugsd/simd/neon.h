@@ -94,10 +94,13 @@ struct Neon {
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
   }
 
+  // The nearest integer.
+  static Float round(Float y) { return vrndnq_f32(y); }
+
   struct Exp {
     explicit Exp(float scale) : scale_(vdupq_n_f32(scale * kLog2E)) {}
     Float operator()(Float d) const {
-      const Float y = mul(d, scale_), n = vrndnq_f32(y);
+      const Float y = mul(d, scale_), n = round(y);
       const Float r = fma(d, scale_, vnegq_f32(n));  // y's own rounding does not reach r
       return power(r, n);
     }
@@ -106,32 +109,7 @@ struct Neon {
     Float scale_;
   };
 
-  struct Exp2 {
-    Exp2(float octaves, float reference)
-        : octaves_(octaves), shift_(reference * octaves), slope_(set(octaves)), shifts_(set(-shift_)) {}
-    bool exact() const { return true; }
-    double reference() const { return shift_ / octaves_; }
-    static double offset() { return 0; }
-    Float operator()(Float z, Float& y) const {
-      y = min(set(126), max(fma(z, slope_, shifts_), set(-126)));
-      const Float n = vrndnq_f32(y);
-      return power(sub(y, n), n);
-    }
-    Float masked(Float z) const {
-      Float y;
-      const Float e = (*this)(z, y);
-      return select(greater(y, set(-126)), e, set(0));
-    }
-    Float add(Float total, Float z) const {
-      Float y;
-      return Neon::add(total, (*this)(z, y));
-    }
-
-   private:
-    double octaves_;
-    float shift_;
-    Float slope_, shifts_;
-  };
+  using Exp2 = FusedExp2<Neon>;
 
   // Eight signed lanes: bfloat16 and float16 as they are stored.
   struct Short {

@@ -151,4 +151,39 @@ struct Scalar {
   using Short = void;
 };
 
+// Exp2 of the instruction sets that fuse a multiplication and an addition.
+template <class S>
+class FusedExp2 {
+ public:
+  using Float = typename S::Float;
+
+  FusedExp2(float octaves, float reference)
+      : octaves_(octaves), shift_(reference * octaves), slope_(S::set(octaves)), shifts_(S::set(-shift_)) {}
+  bool exact() const { return true; }
+  double reference() const { return shift_ / octaves_; }
+  static double offset() { return 0; }
+
+  Float operator()(Float z, Float& y) const {
+    y = S::min(S::set(kHighest), S::max(S::fma(z, slope_, shifts_), S::set(-kHighest)));
+    const Float n = S::round(y);
+    return S::power(S::sub(y, n), n);
+  }
+  Float masked(Float z) const {
+    Float y;
+    const Float e = (*this)(z, y);
+    return S::select(S::greater(y, S::set(-kHighest)), e, S::set(0));
+  }
+  Float add(Float total, Float z) const {
+    Float y;
+    return S::add(total, (*this)(z, y));
+  }
+
+ private:
+  static constexpr float kHighest = 126;
+
+  double octaves_;
+  float shift_;
+  Float slope_, shifts_;
+};
+
 }  // namespace ugsd::simd
