@@ -355,6 +355,19 @@ class TestEdgeCases:
         assert torch.equal(got.num_accepted, expected.num_accepted)
         assert torch.equal(got.next_token, expected.next_token)
 
+    def test_residual_of_logits_far_from_zero(self) -> None:
+        """Where float32 steps by 1/32, the rows' logsumexp has digits that no float32 holds."""
+        far = 3e5
+        target = cases.random_logits(400, 3, 40, scale=1.0).round() + far
+        draft = cases.random_logits(400, 2, 40, scale=1.0, seed=1).round() + far
+        law = draft.sub(far).softmax(-1).flatten(0, 1)
+        tokens = torch.multinomial(law, 1, generator=cases.generator(2)).view(400, 2)
+        with ops.use_backend("reference"):
+            expected = ops.accept_block(tokens, target, draft, rule="block", seed=1)
+        got = ops.accept_block(tokens, target, draft, rule="block", seed=1)
+        assert torch.equal(got.num_accepted, expected.num_accepted)
+        cases.assert_close(got.accept_prob, expected.accept_prob, 1e-4, 1e-5)
+
     def test_float16_range(self) -> None:
         target = torch.full((1, 2, 5), -65504.0, dtype=torch.float16)
         target[0, :, 3] = 65504.0
