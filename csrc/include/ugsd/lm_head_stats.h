@@ -1,6 +1,6 @@
 // lm_head_stats: token_stats of hidden @ weight^T + bias, the logits never leaving the cache.
 //
-// The weight is read once, W rows at a time for all hidden rows; each block of 4096 logits is reduced to its
+// The weight is read once, two rows at a time for all hidden rows; each block of 4096 logits is reduced to its
 // statistics in L1/L2 and forgotten.
 #pragma once
 
@@ -48,19 +48,22 @@ struct Dot {
     S::store(p + S::kLanes, x.b);
   }
   static Sum add(Sum sum, const Columns& x, const Columns& h) { return S::fma(x.b, h.b, S::fma(x.a, h.a, sum)); }
-  static float total(Sum sum) { return static_cast<float>(S::sum(sum)); }
+  static void total(const Sum* sums, int count, float* totals) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) totals[i] = static_cast<float>(S::sum(sums[i]));
+  }
 };
 
-constexpr int64_t kLine = 64, kPage = 4096;  // bytes
+// How far ahead of its use a line of weights is asked for. The two rows of a pair lie half a block apart, so that each
+// is one long run of lines for the hardware's own prefetch as well; with one hidden row a core runs far enough ahead
+// without being asked, and asking for lines only gets in the way.
+constexpr int64_t kLine = 64, kAhead = 52 * kLine;  // bytes
 
-// Weight rows between a row and the one whose lines are fetched meanwhile: 16 KiB and more, some 500 ns of memory time.
-static inline int64_t rows_ahead(int64_t row_bytes) { return row_bytes ? (4 * kPage + row_bytes - 1) / row_bytes : 0; }
-
-// out[n * out_stride + w] = weight row w . hidden row n, every sum in column order. Fetches the rows `ahead` elements
-// on into L2 (prefetcht1): into L1 they would drive the hidden rows out, and take the miss buffers that the loads need.
+// out[n * out_stride + w * spacing] = weight row w * spacing . hidden row n, every sum in column order. `hidden` holds
+// the N rows in turns, D::kStep columns each: one run of lines, however many rows there are.
 template <class D, int W, int N, class T>
-void dot_tile(const T* weight, int64_t weight_stride, int64_t ahead, const typename D::Hidden* hidden,
-              int64_t hidden_stride, int64_t width, float* out, int64_t out_stride) {
+void dot_tile(const T* weight, int64_t weight_stride, int64_t spacing, const typename D::Hidden* hidden, int64_t width,
+              float* out, int64_t out_stride) {
   typename D::Sum sums[W][N];
 #pragma GCC unroll 8
   for (auto& row : sums)
@@ -69,10 +72,10 @@ void dot_tile(const T* weight, int64_t weight_stride, int64_t ahead, const typen
   const auto step = [&](int64_t i, auto load) {
     typename D::Columns x[W];
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) x[w] = load(weight + w * weight_stride + i);
+    for (int w = 0; w < W; ++w) x[w] = load(weight + w * spacing * weight_stride + i);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const auto h = D::load_hidden(hidden + n * hidden_stride + i);
+      const auto h = D::load_hidden(hidden + i * N + n * D::kStep);
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) sums[w][n] = D::add(sums[w][n], x[w], h);
     }
@@ -80,35 +83,30 @@ void dot_tile(const T* weight, int64_t weight_stride, int64_t ahead, const typen
   constexpr int kLineColumns = kLine / sizeof(T), kFetched = D::kStep < kLineColumns ? kLineColumns : D::kStep;
   int64_t i = 0;
   for (; i + kFetched <= width; i += kFetched) {
+    if constexpr (N > 1)
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w)
+      for (int w = 0; w < W; ++w)
 #pragma GCC unroll 8
-      for (int line = 0; line < kFetched; line += kLineColumns)
-        __builtin_prefetch(weight + w * weight_stride + ahead + i + line, 0, 2);
+        for (int line = 0; line < kFetched; line += kLineColumns)
+          __builtin_prefetch(reinterpret_cast<const char*>(weight + w * spacing * weight_stride + i + line) + kAhead);
     for (int part = 0; part < kFetched; part += D::kStep) step(i + part, [](const T* p) { return D::load(p); });
   }
   for (; i < width; i += D::kStep) step(i, [&](const T* p) { return D::load_partial(p, width - i); });
+  float totals[W][N];
+  D::total(&sums[0][0], W * N, &totals[0][0]);
+#pragma GCC unroll 8
   for (int w = 0; w < W; ++w)
-    for (int n = 0; n < N; ++n) out[n * out_stride + w] = D::total(sums[w][n]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) out[n * out_stride + w * spacing] = totals[w][n];
 }
 
-// dot_tile for `rows` hidden rows, at most D::kMaxRows. Few rows take four weight rows at a time, so that sums do not
-// wait for each other; many take two: more streams of weights, and hidden rows leave L1.
-template <class D, int N = 1, class T>
-void dot_rows(int64_t rows, int64_t weights, const T* weight, int64_t weight_stride, int64_t ahead,
-              const typename D::Hidden* hidden, int64_t hidden_stride, int64_t width, float* out, int64_t out_stride) {
+// dot_tile for W weight rows and `rows` hidden rows, at most D::kMaxRows.
+template <class D, int W, int N = 1, class T>
+void dot_rows(int64_t rows, const T* weight, int64_t weight_stride, int64_t spacing, const typename D::Hidden* hidden,
+              int64_t width, float* out, int64_t out_stride) {
   if constexpr (N < D::kMaxRows)
-    if (rows > N)
-      return dot_rows<D, N + 1>(rows, weights, weight, weight_stride, ahead, hidden, hidden_stride, width, out,
-                                out_stride);
-  constexpr int W = N <= 2 ? 4 : 2;
-  int64_t w = 0;
-  for (; w + W <= weights; w += W)
-    dot_tile<D, W, N>(weight + w * weight_stride, weight_stride, ahead, hidden, hidden_stride, width, out + w,
-                      out_stride);
-  for (; w < weights; ++w)
-    dot_tile<D, 1, N>(weight + w * weight_stride, weight_stride, ahead, hidden, hidden_stride, width, out + w,
-                      out_stride);
+    if (rows > N) return dot_rows<D, W, N + 1>(rows, weight, weight_stride, spacing, hidden, width, out, out_stride);
+  dot_tile<D, W, N>(weight, weight_stride, spacing, hidden, width, out, out_stride);
 }
 
 // One block's statistics, its maximum left out of the sums.
@@ -153,37 +151,35 @@ template <class S, class T>
 void lm_head_stats(const LmHeadStatsArgs& args) {
   using D = Dot<S, T>;
   using Hidden = typename D::Hidden;
-  constexpr int64_t kGroup = 4;
   const int64_t rows = args.hidden.count(), width = args.hidden.columns, vocabulary = args.weight.count();
   const int64_t count = blocks_of(vocabulary), padded = (width + D::kStep - 1) / D::kStep * D::kStep;
   auto* hidden = static_cast<Hidden*>(scratch(0, static_cast<size_t>(rows * padded) * sizeof(Hidden)));
-  for (int64_t r = 0; r < rows; ++r)
+  const auto tile = [&](int64_t r) { return rows - r < D::kMaxRows ? rows - r : D::kMaxRows; };  // rows from r on
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = r % D::kMaxRows, first = r - n;
     for (int64_t i = 0; i < width; i += D::kStep)
-      D::store_hidden(hidden + r * padded + i, D::load_partial(args.hidden.row<T>(r) + i, width - i));
+      D::store_hidden(hidden + first * padded + i * tile(first) + n * D::kStep,
+                      D::load_partial(args.hidden.row<T>(r) + i, width - i));
+  }
   auto* partials = static_cast<HeadSums*>(scratch(1, static_cast<size_t>(rows * count) * sizeof(HeadSums)));
   const auto* bias = static_cast<const T*>(args.bias);
-  const int64_t stride = args.weight.inner_stride, row_bytes = width * static_cast<int64_t>(sizeof(T));
-  const int64_t ahead = rows_ahead(row_bytes) * stride;
+  const int64_t stride = args.weight.inner_stride;
+  constexpr int64_t kLogits = kBlock + 16;  // of a row: a power of two would put all rows into one set of L1
 
-  // Logits of the weight rows from `v`, which come from memory once: hidden rows past a tile find them in L1.
-  const auto group = [&](int64_t v, int64_t weights, float* out) {
-    const T* weight = args.weight.row<T>(v);
-    // A prefetch whose address has yet to be translated comes late or never: each page's first line is asked for
-    // twice as far ahead, which also starts the hardware's own streams.
-    for (int64_t w = 0; w < weights; ++w)
-      for (int64_t byte = 0; byte < row_bytes; byte += kPage)
-        __builtin_prefetch(reinterpret_cast<const char*>(weight + w * stride + 2 * ahead) + byte, 0, 3);
-    for (int64_t r = 0, n; r < rows; r += n) {
-      n = rows - r > D::kMaxRows ? 4 : rows - r;  // beyond six, hidden and weight rows of 4 KiB do not share L1 well
-      dot_rows<D>(n, weights, weight, stride, ahead, hidden + r * padded, padded, width, out + r * kBlock, kBlock);
-    }
-  };
   for_each_block(count, useful_threads(vocabulary * width, args.threads), [&](int64_t j) {
     const int64_t begin = j * kBlock, n = block_size(vocabulary, j);
-    auto* logits = static_cast<float*>(scratch(2, static_cast<size_t>(rows * kBlock) * sizeof(float)));
-    for (int64_t v = 0; v < n; v += kGroup) group(begin + v, n - v < kGroup ? n - v : kGroup, logits + v);
+    auto* logits = static_cast<float*>(scratch(2, static_cast<size_t>(rows * kLogits) * sizeof(float)));
+    const int64_t half = n / 2;
+    for (int64_t v = 0; v < half; ++v)  // weights come from memory once: the hidden rows past a tile find them in L1
+      for (int64_t r = 0; r < rows; r += D::kMaxRows)
+        dot_rows<D, 2>(tile(r), args.weight.row<T>(begin + v), stride, half, hidden + r * padded, width,
+                       logits + r * kLogits + v, kLogits);
+    if (n % 2)
+      for (int64_t r = 0; r < rows; r += D::kMaxRows)
+        dot_rows<D, 1>(tile(r), args.weight.row<T>(begin + n - 1), stride, 0, hidden + r * padded, width,
+                       logits + r * kLogits + n - 1, kLogits);
     for (int64_t r = 0; r < rows; ++r) {
-      float* z = logits + r * kBlock;
+      float* z = logits + r * kLogits;
       if (bias)
         for (int64_t i = 0; i < n; ++i) z[i] += simd::to_float(bias[begin + i]);
       partials[r * count + j] = head_sums<S>(z, n, inverse_temperature(args.temperature[r]));
