@@ -260,6 +260,6 @@ PYBIND11_MODULE(_C, m) {
                                    pointer<int64_t>(kept),
                                    threads};
           const py::gil_scoped_release release;
-          kv_compact(args);
+          kv_compact(args, table->move_slots);
         });
 }

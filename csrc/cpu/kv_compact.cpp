@@ -7,21 +7,14 @@
 namespace ugsd {
 namespace {
 
-constexpr int64_t kLine = 64;
-// Rows are asked for this long before their turn, enough to keep all of a core's outstanding misses busy. The gaps
-// between kept slots throw the hardware's own prefetch off.
-constexpr int64_t kAheadBytes = 8192, kMaxAheadSteps = 64;
+// More than this is no longer in the caches when it is all moved.
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
 
-// A slot that moves, and the slot to fetch along with it: a dropped one that will be written over, or itself.
-struct Step {
-  int64_t source, fetched;
-};
-
-// What happens to one sequence, in every head of every tensor: step i writes slot `target + i * direction`. Slots
-// move against the direction in which the steps walk, so that none is written over before it has been read.
+// What happens to one sequence, in every head of every tensor.
 struct Plan {
-  std::vector<Step> steps;
+  std::vector<KvStep> steps;
   int64_t target = 0, direction = 1;
+  int64_t replaced = 0;  // dropped slots written over
 };
 
 // Kept slots [begin, end).
@@ -84,74 +77,8 @@ Plan plan_of(const KvCompactArgs& args, int64_t b) {
       plan.steps.push_back({source, fetched < dropped.size() ? dropped[fetched++] : source});
     passed = source;
   }
+  plan.replaced = static_cast<int64_t>(fetched);
   return plan;
-}
-
-UGSD_INLINE void copy_row(char* target, const char* source, int64_t bytes) {
-  typedef char Vector __attribute__((vector_size(16)));
-  constexpr int64_t kSize = sizeof(Vector);
-  int64_t i = 0;
-  for (; i + 4 * kSize <= bytes; i += 4 * kSize) {
-    Vector v[4];
-    std::memcpy(v, source + i, sizeof v);
-    std::memcpy(target + i, v, sizeof v);
-  }
-  for (; i + kSize <= bytes; i += kSize) std::memcpy(target + i, source + i, kSize);
-  for (; i < bytes; ++i) target[i] = source[i];
-}
-
-// One head of one sequence after another, in all tensors of a range.
-struct Heads {
-  const KvTensor *tensor, *end;
-  int64_t b, head = 0;
-
-  char* base() const { return tensor->data + b * tensor->batch_stride + head * tensor->head_stride; }
-
-  bool next() {
-    if (++head < tensor->heads) return true;
-    head = 0;
-    return ++tensor != end;
-  }
-};
-
-// Carries out a plan in tensors whose rows have the same length; `kBytes` is that length, or 0 for any.
-template <int64_t kBytes>
-void move(const KvTensor* tensors, const KvTensor* end, int64_t b, const Plan& plan) {
-  const int64_t bytes = kBytes ? kBytes : tensors->row_bytes;
-  const Step* steps = plan.steps.data();
-  const int64_t count = static_cast<int64_t>(plan.steps.size());
-
-  // The steps to come, across the ends of heads and tensors; the very last one is asked for again and again.
-  Heads ahead{tensors, end, b};
-  const char* ahead_base = ahead.base();
-  int64_t ahead_stride = tensors->slot_stride, ahead_step = 0;
-  bool more = true;
-  const auto fetch = [&] {
-    const char* source = ahead_base + steps[ahead_step].source * ahead_stride;
-    const char* fetched = ahead_base + steps[ahead_step].fetched * ahead_stride;
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(source + i, 0, 2);  // into L2: L1 has fewer misses
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(fetched + i, 0, 2);
-    if (ahead_step + 1 < count) {
-      ++ahead_step;
-    } else if (more && (more = ahead.next())) {
-      ahead_base = ahead.base();
-      ahead_stride = ahead.tensor->slot_stride;
-      ahead_step = 0;
-    }
-  };
-  const int64_t lead = std::clamp(kAheadBytes / bytes, int64_t{1}, kMaxAheadSteps);
-  for (int64_t i = 0; i < lead; ++i) fetch();
-
-  Heads heads{tensors, end, b};
-  do {
-    const int64_t stride = heads.tensor->slot_stride;
-    char* base = heads.base();
-    char* target = base + plan.target * stride;
-    for (int64_t i = 0; i < count; ++i, target += plan.direction * stride) {
-      fetch();
-      copy_row(target, base + steps[i].source * stride, bytes);
-    }
-  } while (heads.next());
 }
 
 // Tensors with something in them; heads that lie side by side in each slot are one long row.
@@ -172,7 +99,7 @@ std::vector<KvTensor> simplified(const KvCompactArgs& args) {
 
 }  // namespace
 
-void kv_compact(const KvCompactArgs& args) {
+void kv_compact(const KvCompactArgs& args, MoveSlots* move_slots) {
   const std::vector<KvTensor> tensors = simplified(args);
   int64_t slot_bytes = 0, steps = 0;
   for (const KvTensor& kv : tensors) slot_bytes += kv.heads * kv.row_bytes;
@@ -191,17 +118,15 @@ void kv_compact(const KvCompactArgs& args) {
   for (int64_t i = 0; i < args.batch * parts; ++i) {
     const int64_t b = i / parts, part = i % parts;
     const Plan& plan = plans[static_cast<size_t>(b)];
-    if (plan.steps.empty()) continue;
+    const int64_t moves = static_cast<int64_t>(plan.steps.size());
+    if (!moves) continue;
+    // Where many dropped slots are written over, reading them first is a third of the traffic: stores past the caches
+    // need not. Slots that were read as sources are in the caches, and cheaper to write there.
+    const bool stream = steps * slot_bytes > kCacheBytes && 4 * plan.replaced > moves;
     const KvTensor* end = tensors.data() + (part + 1) * count / parts;
     for (const KvTensor* kv = tensors.data() + part * count / parts; kv != end;) {
       const KvTensor* next = std::find_if(kv, end, [&](const KvTensor& one) { return one.row_bytes != kv->row_bytes; });
-      if (kv->row_bytes == 256) {
-        move<256>(kv, next, b, plan);
-      } else if (kv->row_bytes == 128) {
-        move<128>(kv, next, b, plan);
-      } else {
-        move<0>(kv, next, b, plan);
-      }
+      move_slots(kv, next, b, {plan.steps.data(), moves, plan.target, plan.direction, stream});
       kv = next;
     }
   }

@@ -298,19 +298,28 @@ void test_head(const Kernels& kernels, int64_t vocabulary, int64_t width, int64_
   }
 }
 
-void test_kv(bool mask, Align align, bool contiguous) {
-  const int64_t batch = 3, heads = 2, slots = 37, width = 5, pad = contiguous ? 0 : 3;
+MoveSlots* moved_by;
+
+void stream_slots(const KvTensor* tensors, const KvTensor* end, int64_t b, const KvMoves& moves) {
+  moved_by(tensors, end, b, {moves.steps, moves.count, moves.target, moves.direction, true});
+}
+
+void test_kv(const Kernels& kernels, int64_t width, bool mask, Align align, bool stream, int64_t pad) {
+  const int64_t batch = 3, heads = 5, slots = 37;
   const size_t size = static_cast<size_t>(batch * heads * slots * (width + pad));
-  std::vector<char> data(size), before;
-  for (auto& byte : data) byte = static_cast<char>(random_bits());
-  before = data;
-  const KvTensor kv{data.data(), heads, heads * slots * (width + pad), slots * (width + pad), width + pad, width};
+  std::vector<char> memory(size + 64), before;
+  char* data = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+  for (size_t i = 0; i < size; ++i) data[i] = static_cast<char>(random_bits());
+  before.assign(data, data + size);
+  moved_by = kernels.move_slots;
+  const KvTensor kv{data, heads, heads * slots * (width + pad), slots * (width + pad), width + pad, width};
   std::vector<char> keep(static_cast<size_t>(batch * slots));
   std::vector<int64_t> lengths(batch), kept(batch, -7);
   for (auto& k : keep) k = unit() < 0.6;
   for (auto& length : lengths) length = static_cast<int64_t>(unit() * double(slots + 1));
   kv_compact({&kv, 1, batch, slots, mask ? reinterpret_cast<const bool*>(keep.data()) : nullptr, slots, lengths.data(),
-              align, kept.data(), 1});
+              align, kept.data(), 1},
+             stream ? stream_slots : kernels.move_slots);
   for (int64_t b = 0; b < batch; ++b) {
     std::vector<int64_t> sources;
     for (int64_t t = 0; t < slots; ++t)
@@ -459,11 +468,14 @@ int main() {
   context = "ranges of 16-bit numbers";
   test_stored_ranges<bfloat16>();
   test_stored_ranges<float16>();
-  for (const bool mask : {false, true})
-    for (const Align align : {Align::kLeft, Align::kRight})
-      for (const bool contiguous : {false, true}) test_kv(mask, align, contiguous);
   for (const char* const* isa = isas(); *isa; ++isa) {
     const Kernels& kernels = *kernels_of(*isa);
+    context = std::string(kernels.isa) + " kv_compact";
+    for (const int64_t width : {5, 100, 128, 256})
+      for (const bool mask : {false, true})
+        for (const Align align : {Align::kLeft, Align::kRight})
+          for (const bool stream : {false, true})
+            for (const int64_t pad : {0, 3, 64}) test_kv(kernels, width, mask, align, stream, pad);
     test_dtype<float>(kernels, "float32");
     test_dtype<bfloat16>(kernels, "bfloat16");
     test_dtype<float16>(kernels, "float16");

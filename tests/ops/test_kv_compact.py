@@ -249,3 +249,20 @@ def test_errors_name_what_was_got_and_expected(arguments: dict[str, object], mes
     valid = {"kv": [torch.zeros(2, 1, 3, 4)], "keep": torch.ones(2, 3, dtype=torch.bool)}
     with pytest.raises(ValueError, match=f"^kv_compact: {message}"):
         ops.kv_compact(**{**valid, **arguments})
+
+
+@pytest.mark.parametrize("align", ["left", "right"])
+def test_more_than_caches_hold(align: str) -> None:
+    """A gather of many bytes, three heads a tensor: stores may go past the caches, in several heads at a time."""
+    batch, heads, slots = 2, 3, 16000
+    generator = cases.generator(7)
+    kv = [torch.randint(-(2**62), 2**62, (batch, heads, slots, 32), generator=generator) for _ in range(2)]
+    kv.append(torch.randint(-100, 100, (batch, heads, slots, 200), generator=generator, dtype=torch.int8))
+    keep = torch.rand(batch, slots, generator=generator) < 0.6
+    expected = [[tensor[b, :, keep[b]] for b in range(batch)] for tensor in kv]
+    kept = ops.kv_compact(kv, keep, align=align)
+    for tensor, rows in zip(kv, expected, strict=True):
+        for b in range(batch):
+            count = int(kept[b])
+            got = tensor[b, :, :count] if align == "left" else tensor[b, :, slots - count :]
+            assert torch.equal(got, rows[b])

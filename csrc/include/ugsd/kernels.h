@@ -4,9 +4,9 @@
 #include "ugsd/accept_block.h"
 #include "ugsd/filter_logits.h"
 #include "ugsd/gate_block.h"
-#include "ugsd/kv_compact.h"
 #include "ugsd/lm_head_stats.h"
 #include "ugsd/logprob_rank.h"
+#include "ugsd/move_slots.h"
 #include "ugsd/sample.h"
 #include "ugsd/token_stats.h"
 
@@ -20,11 +20,13 @@ struct Kernels {
   void (*sample)(const SampleArgs&);
   void (*accept_block)(const AcceptBlockArgs&);
   void (*lm_head_stats)(const LmHeadStatsArgs&);
+  MoveSlots* move_slots;  // of kv_compact
 };
 
 template <class S>
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa, token_stats<S>, logprob_rank<S>, filter_logits<S>, sample<S>, accept_block<S>, lm_head_stats<S>};
+  return {isa,       token_stats<S>,  logprob_rank<S>,  filter_logits<S>,
+          sample<S>, accept_block<S>, lm_head_stats<S>, move_slots<S>};
 }
 
 // Names of the instruction sets that this build has and this machine runs, best first; null ends them.

@@ -6,7 +6,8 @@
 
 // Functions that do not name an instruction set are inlined into each one's code: the linker keeps a single copy of
 // an out-of-line function, and it might be the one compiled for another machine.
-#define UGSD_INLINE inline __attribute__((always_inline))
+#define UGSD_ALWAYS_INLINE __attribute__((always_inline))
+#define UGSD_INLINE inline UGSD_ALWAYS_INLINE
 
 namespace ugsd {
 

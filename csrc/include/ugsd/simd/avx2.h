@@ -9,6 +9,12 @@ namespace ugsd::simd {
 
 struct Avx2 {
   static constexpr int kLanes = 8;
+  struct Bytes {
+    using Vector = __m256i;
+    static constexpr bool kStreams = true;  // stores that leave the caches alone, on aligned addresses
+    static void stream(char* p, Vector v) { _mm256_stream_si256(reinterpret_cast<Vector*>(p), v); }
+    static void fence() { _mm_sfence(); }
+  };
   using Float = __m256;
   using Mask = __m256;
 

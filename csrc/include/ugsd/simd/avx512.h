@@ -11,6 +11,12 @@ namespace ugsd::simd {
 
 struct Avx512 {
   static constexpr int kLanes = 16;
+  struct Bytes {
+    using Vector = __m512i;
+    static constexpr bool kStreams = true;  // stores that leave the caches alone, on aligned addresses
+    static void stream(char* p, Vector v) { _mm512_stream_si512(reinterpret_cast<Vector*>(p), v); }
+    static void fence() { _mm_sfence(); }
+  };
   using Float = __m512;
   using Mask = __mmask16;
 

@@ -9,6 +9,7 @@ namespace ugsd::simd {
 
 struct Neon {
   static constexpr int kLanes = 4;
+  using Bytes = Bytes16;
   using Float = float32x4_t;
   using Mask = uint32x4_t;
 

@@ -31,8 +31,15 @@ constexpr float kLog2E = 0x1.715476p+0f;
 // Exponents are clamped here: e^-87 is the smallest normal float32, and nothing beside a maximum of 1.
 constexpr float kLowest = -87.0f;
 
+// Memory as it is copied.
+struct Bytes16 {
+  typedef char Vector __attribute__((vector_size(16)));
+  static constexpr bool kStreams = false;
+};
+
 struct Scalar {
   static constexpr int kLanes = 1;
+  using Bytes = Bytes16;
   using Float = float;
   using Mask = bool;
 
