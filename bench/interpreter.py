@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 LOAD, STORE, ATOMIC = "load", "store", "atomic"
@@ -37,7 +38,8 @@ def watch(watcher: Watcher) -> Iterator[None]:
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         watcher.launch(self.fn.__name__, tensors)
-        return run(self, *args, **kwargs)
+        with _disable_current_modes():  # the interpreter copies its arguments about
+            return run(self, *args, **kwargs)
 
     def grid(self: Any, *sizes: int) -> None:
         watcher.grid(sizes)  # type: ignore[arg-type]
