@@ -26,6 +26,9 @@ from ugsd_fast.reference.spec import SPECS, Case
 BLOCK = 5  # K
 DRAW = 4096  # columns of the block that a draw reads again; MATH.md: one read of the row plus these
 EAGER = "torch eager"
+MATMUL = "torch matmul + statistics"
+COMPILED = (EAGER, MATMUL, GREEDY)
+"""Peers that are plain torch functions, which torch.compile can take whole."""
 SAMPLING_RULES, COMPARING_RULES = ("exact", "block"), ("greedy", "rank", "typical", "relaxed")
 LAUNCHES = {"greedy": 1, "rank": 1, "exact": 2, "block": 3}
 
@@ -144,7 +147,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         sized = Case(rows=rows, vocabulary=vocabulary, dtype=dtype, width=width)
         arguments = _moved(SPECS["lm_head_stats"].inputs(sized), device)
         hidden, weight = arguments["hidden"], arguments["weight"]
-        return Built(arguments, {"torch matmul + statistics": lambda: eager_statistics(hidden @ weight.T)})
+        return Built(arguments, {MATMUL: lambda: eager_statistics(hidden @ weight.T)})
 
     def make_cache(device: torch.device) -> Built:
         arguments = _moved(SPECS["kv_compact"].inputs(case), device)
