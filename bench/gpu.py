@@ -2,12 +2,8 @@
 
 ``python -m bench.gpu`` needs a GPU. ``python -m bench.gpu --dry-run`` runs the same code on CPU tensors at tiny sizes,
 with Triton's interpreter in place of the GPU, a CPU clock in place of CUDA events, and no graph: it proves that the
-command runs, and times nothing.
-
-The floor of an op is the time in which the device copies the bytes that the op needs to move; the copy's bandwidth is
-measured in the same run. Contenders take turns in a shuffled order, each timed by events round one call. *Cold*: the L2
-cache is overwritten before each call; *warm*: the call before was the same one. A fraction of a millisecond of waiting
-keeps the GPU busy while the CPU launches: launches count only where one call makes many, or waits for the device.
+command runs, and times nothing. A whole run on a GPU writes ``bench/results/gpu.json``, of which ``python -m
+bench.summary`` makes ``docs/gpu.md``.
 """
 
 from __future__ import annotations
@@ -27,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bench import peers
 from bench.harness import SCHEMA, Row, dtype_name, machine, now, ratios, rounded, spread
+from bench.markdown import number, table
 from bench.problems import BLOCK, COMPILED, Problem, problems
-from bench.summary import number, table
 from bench.traffic import interpret
 from ugsd_fast import ops
 from ugsd_fast.ops.backend import OPS
@@ -37,9 +33,15 @@ from ugsd_fast.reference.spec import SPECS, Case, make_logits
 Call = Callable[[], object]
 
 BACKENDS = ("triton", "cuda")
+HOW = """\
+**How.** The *floor* of an op is the time in which the device copies the bytes that the op needs to move; the copy's
+bandwidth is measured in the same run. Contenders take turns in a shuffled order, each timed by events round one call.
+*Cold*: the L2 cache is overwritten before each call; *warm*: the call before was the same one. A fraction of a
+millisecond of waiting keeps the GPU busy while the CPU launches: launches count only where one call makes many, or
+waits for the device."""
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 COPY_BYTES = 1 << 30
 QUEUED_CYCLES = 500_000  # that the GPU waits before a timed call, while the CPU launches it
-FLOOR = "floor"
 RELATIVE, ABSOLUTE = 1e-5, 2e-6  # of float32 results from float32 sums and a GPU's exp2 and log2
 EXPECTED_DRAWS = 0.999  # the rest may be ties within rounding
 
@@ -259,7 +261,7 @@ def _named(problem: Problem, backend: str) -> Row:
         "op": problem.op,
         "case": problem.label,
         "rows": problem.rows,
-        "vocabulary": problem.vocabulary,
+        "columns": problem.columns,
         "dtype": dtype_name(problem.dtype),
         "backend": backend,
     }
@@ -450,24 +452,57 @@ def run(machine: Machine, wanted: Sequence[str], rounds: int, checks_only: bool)
             for problem in problems(**size):
                 if problem.op in wanted:
                     result["timings"] += timed(problem, machine, rounds, bandwidth["median"])
-        print(*report(result), sep="\n")
     return result
 
 
 def describe_check(row: Row) -> str:
     """Return a check as one line of text."""
-    name = f"{row['op']} {row['case']} {row['rows']} × {row['vocabulary']} {row['dtype']} on {row['backend']}"
+    name = f"{row['op']} {row['case']} {row['rows']} × {row['columns']} {row['dtype']} on {row['backend']}"
     if row["passed"]:
         return f"{name:90} as the oracle, at most {row['worst']:.2f} of the tolerance off"
     return f"{name:90} WRONG: {row.get('error') or '{} numbers, {:.1f} tolerances'.format(row['wrong'], row['worst'])}"
 
 
-def report(result: Row) -> list[str]:
-    """Return the timings as the lines of a Markdown table."""
+def document(result: Row) -> str:
+    """Return ``docs/gpu.md``."""
+    device, bandwidth = result["device"], result.get("copy_bandwidth")
+    lines = [
+        "# The ops on a GPU",
+        "",
+        f"Written by `python -m bench.gpu` ({result['date']}); the numbers are in `bench/results/gpu.json`.",
+        "",
+        f"- {device['name']}, CUDA {device['cuda']}, torch {result['machine']['torch']}",
+    ]
+    if bandwidth:
+        lines.append(
+            f"- copies at {bandwidth['median'] / 1e9:,.0f} GB/s (p10 – p90: {bandwidth['p10'] / 1e9:,.0f} – "
+            f"{bandwidth['p90'] / 1e9:,.0f}), read and written; {result['rounds']} rounds"
+        )
+    lines += ["", HOW, "", "## Checks against the float64 oracle", ""]
+    for op in dict.fromkeys(row["op"] for row in result["checks"]):
+        for backend in BACKENDS:
+            ours = [row for row in result["checks"] if (row["op"], row["backend"]) == (op, backend)]
+            wrong = [row for row in ours if not row["passed"]]
+            if ours:
+                lines.append(f"- `{op}` on {backend}: {len(ours) - len(wrong)} of {len(ours)} agree")
+                lines += [f"    - {describe_check(row)}" for row in wrong]
+    for row in result["draws"]:
+        lines.append(f"- {row['draws']} draws on {row['backend']}: {row['agreed']:.3%} are the oracle's tokens")
+    for row in result["draft_step"]:
+        times = ", ".join(f"{name} {number(one['median'])} µs" for name, one in row["us"].items())
+        how = "captured in a graph and replayed" if row["captured"] else row["reason"]
+        lines.append(f"- draft step on {row['backend']} ({how}): {times}; {'right' if row['passed'] else '**wrong**'}")
+    if result["timings"]:
+        lines += ["", "## Times", "", *_timings_table(result["timings"])]
+    lines += ["", *(f"Not measured: {name}: {reason}." for name, reason in result["missing"].items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _timings_table(timings: Sequence[Row]) -> list[str]:
     lines = []
-    for row in result["timings"]:
+    for row in timings:
         others = "; ".join(f"{number(one['ratio']['median'])}× {name}" for name, one in row["peers"].items())
-        size = f"{row['rows']} × {row['vocabulary']}"
+        size = f"{row['rows']} × {row['columns']}"
         lines.append(
             (
                 f"`{row['op']}`",
@@ -482,7 +517,18 @@ def report(result: Row) -> list[str]:
                 others or "–",
             )
         )
-    header = ("op", "case", "rows × V", "dtype", "backend", "cache", "µs", "p10 – p90", "share of floor", "peers take")
+    header = (
+        "op",
+        "case",
+        "rows × columns",
+        "dtype",
+        "backend",
+        "cache",
+        "µs",
+        "p10 – p90",
+        "share of floor",
+        "peers take",
+    )
     return table(header, lines, 6)
 
 
@@ -498,7 +544,9 @@ def main() -> None:
     parser.add_argument("--checks", action="store_true", help="no timings")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="default: 50")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the results here as well")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help=f"default of a whole run: {RESULTS.name}"
+    )
     arguments = parser.parse_args()
     if arguments.dry_run:
         interpret()
@@ -510,10 +558,11 @@ def main() -> None:
     rounds = arguments.rounds or (2 if arguments.dry_run else 50)
     result = run(here, arguments.ops, rounds, arguments.checks)
     result = {"schema": SCHEMA, "date": now(), "machine": machine(), "rounds": rounds, **result}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rounded(result), indent=1, ensure_ascii=False) + "\n")
-    for name, reason in result["missing"].items():
-        print(f"not measured: {name}: {reason}")
+    print(document(result))
+    whole = not (arguments.dry_run or arguments.checks) and set(arguments.ops) == set(OPS)
+    output = arguments.json or (RESULTS if whole else None)
+    if output:
+        output.write_text(json.dumps(rounded(result), indent=1, ensure_ascii=False) + "\n")
     if not passed(result):
         raise SystemExit("some results differ from the oracle's")
 

@@ -58,8 +58,8 @@ class Problem:
     ----------
     op, label
         Name of the op, and what sets the problem apart from its others.
-    rows, vocabulary, dtype
-        Rows of logits, or sequences; columns; element type.
+    rows, columns, dtype
+        Rows of logits, or sequences; vocabulary, or tokens of a block or slots of a cache; element type.
     make
         Makes the inputs on a device.
     extra
@@ -71,7 +71,7 @@ class Problem:
     op: str
     label: str
     rows: int
-    vocabulary: int
+    columns: int
     dtype: torch.dtype
     make: Callable[[torch.device], Built]
     extra: Callable[[dict[str, Any], Any], int] = field(default=lambda arguments, results: 0)
@@ -108,7 +108,8 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
     drawn = min(DRAW, vocabulary) * dtype.itemsize
 
     def problem(op: str, label: str, make: Callable[[torch.device], Built], **more: Any) -> Problem:
-        return Problem(op, label, rows, vocabulary, dtype, make, **more)
+        sized = {"rows": rows, "columns": vocabulary, "dtype": dtype} | more
+        return Problem(op, label, make=make, **sized)
 
     def make_stats(device: torch.device) -> Built:
         z = _moved(SPECS["token_stats"].inputs(case), device)["logits"]
@@ -172,7 +173,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         plain = not filters
         make = partial(make_sample, filters)
         yield problem("sample", label, make, extra=lambda *_: rows * drawn, launches=1 if plain else None)
-    yield problem("gate_block", "", make_gate)
+    yield problem("gate_block", "", make_gate, columns=BLOCK, dtype=torch.float32)
     for rule in COMPARING_RULES:
         make = partial(_compared, rule, rows, vocabulary, dtype)
         yield problem("accept_block", rule, make, launches=LAUNCHES.get(rule))
@@ -182,7 +183,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
                 label = f"{rule}, {accepted} kept, {'draft logsumexp given' if carried else 'from logits'}"
                 make = partial(_drafted, rule, rows, vocabulary, dtype, accepted, carried)
                 yield problem("accept_block", label, make, extra=reread, launches=LAUNCHES[rule])
-    yield problem("kv_compact", f"{2 * layers} tensors", make_cache)
+    yield problem("kv_compact", f"{2 * layers} tensors, a ragged tail", make_cache, columns=slots)
     yield problem("lm_head_stats", f"width {width}", make_head)
 
 
