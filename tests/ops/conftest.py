@@ -1,13 +1,15 @@
-"""Runs a test on the implementation that `cases.on_backends` names."""
+"""Runs a test on the implementation that `cases.on_backends` names; Triton's between guard zones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.ops.cases import Backend
+from tests.ops.guard_zones import guard_zones
 
 settings.register_profile(
     "ops",
@@ -25,5 +27,5 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend | None]:
     if chosen is None:
         yield None
         return
-    with chosen.use():
+    with chosen.use(), guard_zones() if chosen.name == "triton" else nullcontext():
         yield chosen
