@@ -251,11 +251,11 @@ def _by_width(row: Row) -> dict[int, int]:
 
 
 def sizes(quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield the sizes whose launches are compiled: one row and several of a decode step, and many rows."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 1 if quick else None]:
-        for rows in (1, 4):
-            yield {"rows": rows, "vocabulary": 32000, "dtype": dtype, "width": 2048, "slots": 64, "layers": 2}
-        yield {"rows": 1, "vocabulary": 152064, "dtype": dtype, "width": 64, "slots": 64, "layers": 2}
+    """Yield the sizes whose launches are compiled: a row of a decode step, and several."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, vocabulary in ((1, 152064), (4, 32000))[: 1 if quick else None]:
+            width = 64 if vocabulary > 100_000 else 2048
+            yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 64, "layers": 2}
 
 
 def run(targets: Sequence[str], wanted: Sequence[str], quick: bool) -> list[Row]:
@@ -296,13 +296,14 @@ def describe(row: Row) -> str:
 
 
 HOW = """\
-**How.** Triton: each distinct launch of each op (1 row and 4 rows of 32000 columns, 1 row of 152064) is compiled with
+**How.** Triton: each distinct launch of each op (1 row of 152064 columns, 4 of 32000) is compiled with
 the signature, constants, alignments and options that the launch itself gives. CUDA: `nvcc -O3` of `csrc/cuda`.
 Registers a thread, spills and shared memory are those of the machine code (`cuobjdump`; for AMD vector registers, as
 the assembly says). *Occupancy* is the share of a multiprocessor's warps that registers and shared memory allow to
 be resident, by NVIDIA's formula; how many a launch has is another matter. *128-bit*: of all loads in a Triton kernel's
 PTX (LLVM IR for AMD) whose address depends on the thread and on the logits' (or the weight's) pointer, and on no value
-loaded before, the share by bits; a gather of one element is none of them. CUDA kernels have a scalar loop for tails and
+loaded before (in kernels with none of these: on one, as in the residual's row), the share by bits; a load of one
+element is none of them. CUDA kernels have a scalar loop for tails and
 unaligned rows beside the vectors: there the figure counts instructions. A cell is the worst of all launches; `/`
 separates {dtypes}."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -390,7 +391,7 @@ def in_processes(targets: Sequence[str], options: Iterable[str], jobs: int) -> l
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="float32 only")
+    parser.add_argument("--quick", action="store_true", help="one row only")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; 0: this one")
