@@ -21,7 +21,7 @@ from torch import Tensor
 
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
-FIELDS = tl.constexpr(5)
+FIELDS = tl.constexpr(8)
 NO_COLUMN = tl.constexpr(2**31 - 1)
 DRAFT = tl.constexpr(0)
 ACCEPT = tl.constexpr(1)
@@ -94,26 +94,31 @@ def tile_record(b_z, begin, octaves, TILE: tl.constexpr):
 
 @triton.jit
 def store_record(p_records, i_row, i_tile, tiles, top, others, moment, second, argmax):
-    """Write a tile's record to ``records[row, field, tile]``."""
-    p_record = p_records + i_row.to(tl.int64) * tiles * FIELDS + i_tile
+    """Write a tile's record to ``records[row, tile, FIELDS]``: one sector of 32 bytes, of which five numbers are used."""
+    p_record = p_records + (i_row.to(tl.int64) * tiles + i_tile) * FIELDS
     tl.store(p_record, top)
-    tl.store(p_record + tiles, others)
-    tl.store(p_record + 2 * tiles, moment)
-    tl.store(p_record + 3 * tiles, second)
-    tl.store(p_record + 4 * tiles, argmax.to(tl.float32, bitcast=True))
+    tl.store(p_record + 1, others)
+    tl.store(p_record + 2, moment)
+    tl.store(p_record + 3, second)
+    tl.store(p_record + 4, argmax.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def load_field(p_records, i_row, tiles, FIELD: tl.constexpr, other, RECORDS: tl.constexpr):
+    """Return one field of all records of a row, ``[RECORDS]``, ``other`` past the last tile."""
+    o_t = tl.arange(0, RECORDS)
+    p_field = p_records + (i_row.to(tl.int64) * tiles + o_t) * FIELDS + FIELD
+    return tl.load(p_field, mask=o_t < tiles, other=other, cache_modifier=".cg")  # not from a stale L1
 
 
 @triton.jit
 def load_records(p_records, i_row, tiles, RECORDS: tl.constexpr):
     """Return all records of a row, each field ``[RECORDS]``, -inf logits past the last tile."""
-    o_t = tl.arange(0, RECORDS)
-    m_t = o_t < tiles
-    p_record = p_records + i_row.to(tl.int64) * tiles * FIELDS + o_t
-    top = tl.load(p_record, mask=m_t, other=-INFINITY, cache_modifier=".cg")
-    others = tl.load(p_record + tiles, mask=m_t, other=0.0, cache_modifier=".cg")
-    moment = tl.load(p_record + 2 * tiles, mask=m_t, other=0.0, cache_modifier=".cg")
-    second = tl.load(p_record + 3 * tiles, mask=m_t, other=-INFINITY, cache_modifier=".cg")
-    argmax = tl.load(p_record + 4 * tiles, mask=m_t, other=0.0, cache_modifier=".cg")
+    top = load_field(p_records, i_row, tiles, 0, -INFINITY, RECORDS)
+    others = load_field(p_records, i_row, tiles, 1, 0.0, RECORDS)
+    moment = load_field(p_records, i_row, tiles, 2, 0.0, RECORDS)
+    second = load_field(p_records, i_row, tiles, 3, -INFINITY, RECORDS)
+    argmax = load_field(p_records, i_row, tiles, 4, 0.0, RECORDS)
     return top, others, moment, second, argmax.to(tl.int32, bitcast=True)
 
 
@@ -302,9 +307,11 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(rows: int, columns: int, multiprocessors: int) -> Plan:
-    """Return the launch of a kernel that reads ``rows`` once."""
-    width = next((t for t in TILES if rows * triton.cdiv(columns, t) >= multiprocessors), TILES[-1])
+def plan(rows: int, columns: int, multiprocessors: int, size: int = 4) -> Plan:
+    """Return the launch of a kernel that reads ``rows`` of elements of ``size`` bytes once."""
+    # A record written and read is 2% of 1024 columns of two bytes: too much but for a single row.
+    narrowest = TILES[-1] if size == 4 or rows == 1 else TILES[-2]
+    width = max(narrowest, next((t for t in TILES if rows * triton.cdiv(columns, t) >= multiprocessors), 0))
     tile = max(CHUNK.value, min(width, triton.next_power_of_2(columns)))
     tiles = triton.cdiv(columns, tile)
     splits = max(1, min(tiles, triton.cdiv(8 * multiprocessors, max(rows, 1))))
@@ -319,7 +326,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def plan_of(rows: Rows) -> Plan:
     """Return the launch over ``rows`` on their device."""
-    return plan(rows.count, rows.columns, multiprocessors(rows.tensor.device))
+    tensor = rows.tensor
+    return plan(rows.count, rows.columns, multiprocessors(tensor.device), tensor.element_size())
 
 
 _scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
