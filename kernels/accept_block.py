@@ -322,7 +322,7 @@ def weights_kernel(
             offset = setting(p_offsets, offset, i_b, offset_stride)
             if RULE == "exact":
                 b_accept = tl.minimum(b_ratio, 1.0)
-                rejected = ~(uniform(seed, offset, i_b, ACCEPT | (o_k << 8)) < b_accept)
+                rejected = ~(uniform(seed, offset, i_b, (o_k << 8) | ACCEPT) < b_accept)
                 accepted = tl.min(tl.where(rejected | ~m_k, o_k, BLOCK_K), 0)
                 b_prob = tl.where(o_k <= accepted, b_accept, 0.0)
                 tl.store(p_prob + i_b * block + o_k, b_prob.to(tl.float32), mask=o_k < block)
@@ -334,7 +334,7 @@ def weights_kernel(
                     weight = tl.minimum(weight * tl.sum(tl.where(o_k == k, b_ratio, 0.0), 0), 1.0)
                     b_weight = tl.where(o_k == k + 1, weight, b_weight)
                 # h <= w: a prefix whose uniform is w or more needs no residual
-                b_u = uniform(seed, offset, i_b, ACCEPT | (tl.maximum(o_k - 1, 0) << 8))
+                b_u = uniform(seed, offset, i_b, (tl.maximum(o_k - 1, 0) << 8) | ACCEPT)
                 can_pass = (o_k >= 1) & (o_k <= length) & (b_u < b_weight)
                 accepted = tl.max(tl.where(can_pass, o_k, 0), 0)
                 b_prob = tl.where(o_k == length, b_weight, 1.0)
@@ -480,7 +480,7 @@ def residual_kernel(
                     rest = total + 1.0 - weight
                     h = tl.where(rest > 0, total / tl.where(rest > 0, rest, 1.0), 1.0)
                     tl.store(p_prob + i_b * block + i_k - 1, h.to(tl.float32))
-                    if uniform(seed, offset, i_b, ACCEPT | ((i_k - 1) << 8)) < h:
+                    if uniform(seed, offset, i_b, ((i_k - 1) << 8) | ACCEPT) < h:
                         accepted = i_k
         if not FIRST:
             if accepted >= 0:
