@@ -228,14 +228,19 @@ def _drafted(
 def reread(arguments: dict[str, Any], verdict: ops.Acceptance) -> int:
     """Count what a sampling rule reads beside the floor of its spec.
 
-    ``exact`` reads both rows of the residual, once more where it had to read them for their logsumexp. ``block`` reads
-    both rows of each position from the last one down to its success, the residual's among them. A draw then reads
-    4096 columns again. With the draft's logsumexp given, the spec's floor holds one row of the drafter's already.
+    ``exact`` reads both rows of the residual, again where it had to read them for their logsumexp. ``block`` does so
+    at the last position that it keeps, or for the first token if it keeps none, and at each one behind that u did not
+    rule out (`ugsd_fast.reference.Acceptance.accept_prob` is 0 there). A draw then reads 4096 columns again. With the
+    draft's logsumexp given, the spec's floor holds one row of the drafter's already.
     """
     kept = verdict.num_accepted.cpu()
     vocabulary = arguments["target_logits"].shape[-1]
     size = arguments["target_logits"].element_size()
     rejected = (kept < BLOCK).long()
-    pairs = rejected if arguments["rule"] == "exact" else BLOCK - kept
-    rows = int((2 * pairs).sum()) - (len(kept) if "draft_logsumexp" in arguments else 0)
+    pairs = int(rejected.sum())
+    if arguments["rule"] == "block":
+        position = torch.arange(1, BLOCK)  # the last one needs no residual
+        tried = verdict.accept_prob.cpu()[:, :-1] > 0
+        pairs += int((tried & (position > kept[:, None])).sum())
+    rows = 2 * pairs - (len(kept) if "draft_logsumexp" in arguments else 0)
     return size * (rows * vocabulary + min(DRAW, vocabulary) * int((1 + rejected).sum()))
