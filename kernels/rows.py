@@ -35,7 +35,7 @@ TILES = (4096, 2048, 1024)
 @triton.jit
 def setting(p_rows, number, i_row, stride):
     """Read a setting: its own number a row where there is a tensor, else the one number."""
-    return number if p_rows is None else tl.load(p_rows + i_row * stride)
+    return tl.to_tensor(number) if p_rows is None else tl.load(p_rows + i_row * stride)
 
 
 @triton.jit
@@ -307,15 +307,16 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(rows: int, columns: int, multiprocessors: int, size: int = 4) -> Plan:
-    """Return the launch of a kernel that reads ``rows`` of elements of ``size`` bytes once."""
+def plan(rows: int, columns: int, multiprocessors: int, size: int = 4, narrow: bool = False) -> Plan:
+    """Return the launch of a kernel that reads ``rows`` of elements of ``size`` bytes once; ``narrow`` tiles at will."""
     # A record written and read is 2% of 1024 columns of two bytes: too much but for a single row.
-    narrowest = TILES[-1] if size == 4 or rows == 1 else TILES[-2]
-    width = max(narrowest, next((t for t in TILES if rows * triton.cdiv(columns, t) >= multiprocessors), 0))
+    width = TILES[-1] if size == 4 or rows == 1 else TILES[-2]
+    if not narrow:
+        width = max(width, next((t for t in TILES if rows * triton.cdiv(columns, t) >= multiprocessors), 0))
     tile = max(CHUNK.value, min(width, triton.next_power_of_2(columns)))
     tiles = triton.cdiv(columns, tile)
     splits = max(1, min(tiles, triton.cdiv(8 * multiprocessors, max(rows, 1))))
-    return Plan(tile, tiles, splits, triton.next_power_of_2(tiles), 8 if tile > 2048 else 4, (rows * splits,))
+    return Plan(tile, tiles, splits, triton.next_power_of_2(tiles), 8 if tile > 1024 else 4, (rows * splits,))
 
 
 @cache
@@ -324,10 +325,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def plan_of(rows: Rows) -> Plan:
+def plan_of(rows: Rows, *, narrow: bool = False) -> Plan:
     """Return the launch over ``rows`` on their device."""
     tensor = rows.tensor
-    return plan(rows.count, rows.columns, multiprocessors(tensor.device), tensor.element_size())
+    return plan(rows.count, rows.columns, multiprocessors(tensor.device), tensor.element_size(), narrow)
 
 
 _scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
