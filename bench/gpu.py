@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bench import peers
 from bench.harness import SCHEMA, Row, dtype_name, machine, now, ratios, rounded, spread
+from bench.interpreter import quick_calls
 from bench.markdown import number, table
 from bench.problems import BLOCK, COMPILED, Problem, problems
 from bench.traffic import interpret
@@ -556,7 +558,8 @@ def main() -> None:
         raise SystemExit("no GPU: torch.cuda.is_available() is False here; --dry-run runs the same code without one")
     here: Machine = DryRun() if arguments.dry_run else Gpu()
     rounds = arguments.rounds or (2 if arguments.dry_run else 50)
-    result = run(here, arguments.ops, rounds, arguments.checks)
+    with quick_calls() if here.dry else nullcontext():
+        result = run(here, arguments.ops, rounds, arguments.checks)
     result = {"schema": SCHEMA, "date": now(), "machine": machine(), "rounds": rounds, **result}
     print(document(result))
     whole = not (arguments.dry_run or arguments.checks) and set(arguments.ops) == set(OPS)

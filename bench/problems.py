@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from ugsd_fast import ops
 from ugsd_fast.reference.spec import SPECS, Case
 
 BLOCK = 5  # K
-DRAW = 4096  # columns of the block that a draw reads again; MATH.md: one read of the row plus these
+DRAW = 4096  # columns of the block that a draw reads again, once the row's masses are known
+TAIL, SHORT = 8, 64  # slots of a cache: those that a rejected block may empty, and those of a short one
 EAGER = "torch eager"
 MATMUL = "torch matmul + statistics"
 COMPILED = (EAGER, MATMUL, GREEDY)
@@ -63,7 +64,8 @@ class Problem:
     make
         Makes the inputs on a device.
     extra
-        ``extra(arguments, results)``: bytes beside the spec's floor that the op's definition in MATH.md reads again.
+        ``extra(arguments, results)``: bytes beside the spec's floor that the op's definition reads again: the block of
+        a draw, the rows of a residual, a row whose cut is known only once it has been read.
     launches
         The most kernels that a call may launch, None where nothing is promised.
     """
@@ -150,9 +152,15 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         hidden, weight = arguments["hidden"], arguments["weight"]
         return Built(arguments, {MATMUL: lambda: eager_statistics(hidden @ weight.T)})
 
-    def make_cache(device: torch.device) -> Built:
-        arguments = _moved(SPECS["kv_compact"].inputs(case), device)
-        kv, keep = arguments["kv"], arguments["keep"]
+    def make_cache(every_other: bool, device: torch.device) -> Built:
+        arguments = _moved(SPECS["kv_compact"].inputs(replace(case, slots=SHORT if every_other else slots)), device)
+        kv = arguments["kv"]
+        keep = arguments["keep"] = torch.ones_like(arguments["keep"])
+        if every_other:
+            keep[:, ::2] = False
+        else:
+            for row in range(rows):  # of the last 8 slots, the first 4 to 7 are dropped
+                keep[row, -TAIL : -1 - row % 4] = False
         order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)
 
         def gather() -> None:
@@ -168,7 +176,9 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         yield problem("logprob_rank", label, partial(make_rank, carried))
     for label, filters in FILTERS.items():
         if filters:
-            yield problem("filter_logits", label, partial(make_filter, filters), launches=None)
+            again = rows * vocabulary * dtype.itemsize  # where to cut is known when the whole row has been read
+            make = partial(make_filter, filters)
+            yield problem("filter_logits", label, make, extra=lambda *_, again=again: again, launches=None)
     for label, filters in FILTERS.items():
         plain = not filters
         make = partial(make_sample, filters)
@@ -183,7 +193,9 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
                 label = f"{rule}, {accepted} kept, {'draft logsumexp given' if carried else 'from logits'}"
                 make = partial(_drafted, rule, rows, vocabulary, dtype, accepted, carried)
                 yield problem("accept_block", label, make, extra=reread, launches=LAUNCHES[rule])
-    yield problem("kv_compact", f"{2 * layers} tensors, a ragged tail", make_cache, columns=slots)
+    for every_other in (False, True):
+        label = f"{2 * layers} tensors, {'every other slot' if every_other else f'the last {TAIL} slots'}"
+        yield problem("kv_compact", label, partial(make_cache, every_other), columns=SHORT if every_other else slots)
     yield problem("lm_head_stats", f"width {width}", make_head)
 
 

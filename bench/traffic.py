@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.harness import SCHEMA, Row, dtype_name, now
-from bench.interpreter import watch
+from bench.interpreter import quick_calls, watch
 from bench.markdown import number, table
 from bench.problems import BLOCK, Problem, problems
 from ugsd_fast import ops
@@ -129,7 +129,7 @@ def _bytes(tree: Any) -> int:
 def count(call: Callable[[], object]) -> tuple[Counts, Any]:
     """Run a call once and return its traffic and its results."""
     counts = Counts()
-    with watch(counts), Operators(counts):
+    with quick_calls(), watch(counts), Operators(counts):
         results = call()
     return counts, results
 
@@ -184,8 +184,7 @@ def sizes(quick: bool) -> Iterator[dict[str, Any]]:
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, vocabulary, width in ((1, 32000, 256), (4, 32000, 256), (1, 152064, 64)):
-            # Both shapes of a cache move some slots of 28 layers.
-            yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 32, "layers": 28}
+            yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 1024, "layers": 28}
 
 
 def met(row: Row) -> bool:
@@ -246,10 +245,11 @@ def versions() -> Row:
 HOW = """\
 **How.** Each op runs once on the Triton backend under Triton's interpreter, and every load, store and atomic of every
 program is counted: *asked* is what its lanes ask for, *sectors* 32 bytes for each distinct 32-byte sector of one
-instruction. Both are divided by the bytes *needed*: what [the op's definition](architecture.md) moves, each logit once,
-and where a token is drawn, its block of 4096 columns and the rows of the residual again. *Once* divides by every byte
-that matters counted once, which a draw cannot reach. Launches count kernels of the op and of torch together; what a
-first call prepares for later ones (scratch, tables of addresses) is left out. `/` separates {dtypes}.
+instruction. Both are divided by the bytes *needed*: each logit once; where a token is drawn, its block of 4096 columns
+and the rows of the residual again; where logits are filtered, a second time, since the cut is known only when the row
+has been read. *Once* divides by every byte that matters counted once, which a draw or a cut cannot reach. Launches
+count kernels of the op and of torch together; what a first call prepares for later ones (scratch, tables of addresses)
+is left out. `/` separates {dtypes}.
 A peer's bytes are the sum of what each aten operator reads and writes, so a lower bound: a sort or a multinomial counts
 as one pass. Logits are synthetic, shaped like a language model's; blocks have {block} tokens."""
 DTYPES = ("float32", "bfloat16", "float16")
