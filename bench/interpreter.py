@@ -70,3 +70,37 @@ def watch(watcher: Watcher) -> Iterator[None]:
         ):
             patches.enter_context(patch.object(InterpreterBuilder, method, watched(method, *how)))
         yield
+
+
+@contextmanager
+def quick_calls() -> Iterator[None]:
+    """Let kernels cost what they compute: triton patches its language anew at each call of a device function, and
+    checks each sum of integers for overflow in three more operations."""
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    run, patch_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    languages = interpreter.tl, interpreter.tl.core
+    seen: dict[str, frozenset[int]] = {}
+    patched: set[int] = set()
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return run(self, *args, **kwargs)
+
+    def patch_once(function: Any) -> Any:
+        module = function.__module__
+        if module not in seen:
+            values = function.__globals__.values()
+            seen[module] = frozenset(i for i, one in enumerate(languages) if any(one is value for value in values))
+        if seen[module] <= patched:
+            return None
+        patched.update(seen[module])
+        return patch_language(function)
+
+    with (
+        patch.object(interpreter.GridExecutor, "__call__", launch),
+        patch.object(interpreter, "_patch_lang", patch_once),
+        patch.object(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *_: None),
+    ):
+        yield

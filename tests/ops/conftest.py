@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bench.interpreter import quick_calls
 from tests.ops.cases import Backend
 from tests.ops.guard_zones import guard_zones
 
@@ -27,5 +28,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend | None]:
     if chosen is None:
         yield None
         return
-    with chosen.use(), guard_zones() if chosen.name == "triton" else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(chosen.use())
+        if chosen.name == "triton":
+            stack.enter_context(quick_calls())
+            stack.enter_context(guard_zones())
         yield chosen
