@@ -89,7 +89,7 @@ def ptx_instructions(text: str) -> Iterator[Instruction]:
         if kind[0] == "cp" and "async" in kind:
             if "global" in kind:  # cp.async.cg.shared.global [to], [from], bytes
                 _, source, size = operands.split(",")[:3]
-                yield Instruction((), tuple(_PTX_REGISTER.findall(source)), bits=8 * int(re.sub(r"\D", "", size)))
+                yield Instruction((), tuple(_PTX_REGISTER.findall(source)), bits=8 * int(size, 0))
             continue
         target, source = _split_target(operands)
         writes, reads = tuple(_PTX_REGISTER.findall(target)), tuple(_PTX_REGISTER.findall(source))
@@ -171,9 +171,14 @@ class Widths:
     single: Counter[int] = field(default_factory=Counter)
 
     def wide_share(self) -> float | None:
-        """Return the share of the streamed bits that loads of 128 or more bring, None if nothing is streamed."""
-        bits = sum(width * count for width, count in self.streamed.items())
-        wide = sum(width * count for width, count in self.streamed.items() if width >= WIDE)
+        """Return the share of the tiles' bits that loads of 128 or more bring, None if no tiles are loaded.
+
+        Tiles are what is streamed. Where nothing is, they are what is chosen, unless all of that is narrow: a gather
+        of single elements looks no different.
+        """
+        tiles = self.streamed or (self.chosen if max(self.chosen, default=0) >= WIDE else Counter())
+        bits = sum(width * count for width, count in tiles.items())
+        wide = sum(width * count for width, count in tiles.items() if width >= WIDE)
         return wide / bits if bits else None
 
 
@@ -249,10 +254,11 @@ _REGISTERS, _SUBPARTITIONS, _REGISTER_UNIT = 65536, 4, 256
 def occupancy(capability: int, registers: int, shared: int, warps: int) -> float:
     """Return the share of a multiprocessor's warps that can be resident, by registers and shared memory of a block."""
     limits = MULTIPROCESSORS[capability]
-    allocated = _rounded(warps, _SUBPARTITIONS)
-    by_warps = limits.warps // allocated
+    by_warps = limits.warps // warps
     per_warp = _rounded(max(registers, 1) * 32, _REGISTER_UNIT)
-    by_registers = _REGISTERS // _SUBPARTITIONS // per_warp * _SUBPARTITIONS // allocated
+    by_registers = _REGISTERS // _SUBPARTITIONS // per_warp * _SUBPARTITIONS // warps
+    if per_warp * _rounded(warps, _SUBPARTITIONS) > _REGISTERS:  # the hardware's check before a launch
+        by_registers = 0
     block = _rounded(shared + limits.reserved, limits.granularity)
     by_shared = (limits.shared << 10) // block if block else limits.blocks
     return min(limits.blocks, by_warps, by_registers, by_shared) * warps / limits.warps

@@ -26,6 +26,9 @@ from ugsd_fast.reference.spec import SPECS, Case
 BLOCK = 5  # K
 DRAW = 4096  # columns of the block that a draw reads again; MATH.md: one read of the row plus these
 EAGER = "torch eager"
+MATMUL = "torch matmul + statistics"
+COMPILED = (EAGER, MATMUL, GREEDY)
+"""Peers that are plain torch functions, which torch.compile can take whole."""
 SAMPLING_RULES, COMPARING_RULES = ("exact", "block"), ("greedy", "rank", "typical", "relaxed")
 LAUNCHES = {"greedy": 1, "rank": 1, "exact": 2, "block": 3}
 
@@ -55,8 +58,8 @@ class Problem:
     ----------
     op, label
         Name of the op, and what sets the problem apart from its others.
-    rows, vocabulary, dtype
-        Rows of logits, or sequences; columns; element type.
+    rows, columns, dtype
+        Rows of logits, or sequences; vocabulary, or tokens of a block or slots of a cache; element type.
     make
         Makes the inputs on a device.
     extra
@@ -68,7 +71,7 @@ class Problem:
     op: str
     label: str
     rows: int
-    vocabulary: int
+    columns: int
     dtype: torch.dtype
     make: Callable[[torch.device], Built]
     extra: Callable[[dict[str, Any], Any], int] = field(default=lambda arguments, results: 0)
@@ -105,7 +108,8 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
     drawn = min(DRAW, vocabulary) * dtype.itemsize
 
     def problem(op: str, label: str, make: Callable[[torch.device], Built], **more: Any) -> Problem:
-        return Problem(op, label, rows, vocabulary, dtype, make, **more)
+        sized = {"rows": rows, "columns": vocabulary, "dtype": dtype} | more
+        return Problem(op, label, make=make, **sized)
 
     def make_stats(device: torch.device) -> Built:
         z = _moved(SPECS["token_stats"].inputs(case), device)["logits"]
@@ -144,7 +148,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         sized = Case(rows=rows, vocabulary=vocabulary, dtype=dtype, width=width)
         arguments = _moved(SPECS["lm_head_stats"].inputs(sized), device)
         hidden, weight = arguments["hidden"], arguments["weight"]
-        return Built(arguments, {"torch matmul + statistics": lambda: eager_statistics(hidden @ weight.T)})
+        return Built(arguments, {MATMUL: lambda: eager_statistics(hidden @ weight.T)})
 
     def make_cache(device: torch.device) -> Built:
         arguments = _moved(SPECS["kv_compact"].inputs(case), device)
@@ -169,7 +173,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         plain = not filters
         make = partial(make_sample, filters)
         yield problem("sample", label, make, extra=lambda *_: rows * drawn, launches=1 if plain else None)
-    yield problem("gate_block", "", make_gate)
+    yield problem("gate_block", "", make_gate, columns=BLOCK, dtype=torch.float32)
     for rule in COMPARING_RULES:
         make = partial(_compared, rule, rows, vocabulary, dtype)
         yield problem("accept_block", rule, make, launches=LAUNCHES.get(rule))
@@ -179,7 +183,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
                 label = f"{rule}, {accepted} kept, {'draft logsumexp given' if carried else 'from logits'}"
                 make = partial(_drafted, rule, rows, vocabulary, dtype, accepted, carried)
                 yield problem("accept_block", label, make, extra=reread, launches=LAUNCHES[rule])
-    yield problem("kv_compact", f"{2 * layers} tensors", make_cache)
+    yield problem("kv_compact", f"{2 * layers} tensors, a ragged tail", make_cache, columns=slots)
     yield problem("lm_head_stats", f"width {width}", make_head)
 
 
@@ -224,14 +228,19 @@ def _drafted(
 def reread(arguments: dict[str, Any], verdict: ops.Acceptance) -> int:
     """Count what a sampling rule reads beside the floor of its spec.
 
-    ``exact`` reads both rows of the residual, once more where it had to read them for their logsumexp. ``block`` reads
-    both rows of each position from the last one down to its success, the residual's among them. A draw then reads
-    4096 columns again. With the draft's logsumexp given, the spec's floor holds one row of the drafter's already.
+    ``exact`` reads both rows of the residual, again where it had to read them for their logsumexp. ``block`` does so
+    at the last position that it keeps, or for the first token if it keeps none, and at each one behind that u did not
+    rule out (`ugsd_fast.reference.Acceptance.accept_prob` is 0 there). A draw then reads 4096 columns again. With the
+    draft's logsumexp given, the spec's floor holds one row of the drafter's already.
     """
     kept = verdict.num_accepted.cpu()
     vocabulary = arguments["target_logits"].shape[-1]
     size = arguments["target_logits"].element_size()
     rejected = (kept < BLOCK).long()
-    pairs = rejected if arguments["rule"] == "exact" else BLOCK - kept
-    rows = int((2 * pairs).sum()) - (len(kept) if "draft_logsumexp" in arguments else 0)
+    pairs = int(rejected.sum())
+    if arguments["rule"] == "block":
+        position = torch.arange(1, BLOCK)  # the last one needs no residual
+        tried = verdict.accept_prob.cpu()[:, :-1] > 0
+        pairs += int((tried & (position > kept[:, None])).sum())
+    rows = 2 * pairs - (len(kept) if "draft_logsumexp" in arguments else 0)
     return size * (rows * vocabulary + min(DRAW, vocabulary) * int((1 + rejected).sum()))

@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from bench.harness import SCHEMA, Row, dtype_name, now
 from bench.interpreter import watch
-from bench.problems import Problem, problems
+from bench.markdown import number, table
+from bench.problems import BLOCK, Problem, problems
 from ugsd_fast import ops
 from ugsd_fast.ops.backend import OPS, select
 
@@ -139,7 +140,7 @@ def row_of(problem: Problem, counts: Counts, arguments: dict[str, Any], results:
         "op": problem.op,
         "case": problem.label,
         "rows": problem.rows,
-        "vocabulary": problem.vocabulary,
+        "columns": problem.columns,
         "dtype": dtype_name(problem.dtype),
         "floor": problem.floor(arguments),
         "needed": problem.needed(arguments, results),
@@ -167,7 +168,7 @@ def measure(problem: Problem) -> tuple[Row, list[Row]]:
     peers = []
     for name, call in built.peers.items():
         counts, _ = count(call)
-        kept = {key: row[key] for key in ("op", "case", "rows", "vocabulary", "dtype", "floor", "needed")}
+        kept = {key: row[key] for key in ("op", "case", "rows", "columns", "dtype", "floor", "needed")}
         peers.append({**kept, "peer": name, **_figures(counts)})
     return row, peers
 
@@ -217,10 +218,13 @@ def main() -> None:
     rows: list[Row] = []
     peers: list[Row] = []
     start = time.monotonic()
+    done: set[tuple[Any, ...]] = set()
     for size in sizes(arguments.quick):
         for problem in problems(**size):
-            if problem.op not in arguments.ops or problem.op in missing:
+            key = (problem.op, problem.label, problem.rows, problem.columns, problem.dtype)
+            if problem.op not in arguments.ops or problem.op in missing or key in done:
                 continue
+            done.add(key)
             row, others = measure(problem)
             rows.append(row)
             peers += others
@@ -239,9 +243,105 @@ def versions() -> Row:
     return {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
 
 
+HOW = """\
+**How.** Each op runs once on the Triton backend under Triton's interpreter, and every load, store and atomic of every
+program is counted: *asked* is what its lanes ask for, *sectors* 32 bytes for each distinct 32-byte sector of one
+instruction. Both are divided by the bytes *needed*: what [the op's definition](architecture.md) moves, each logit once,
+and where a token is drawn, its block of 4096 columns and the rows of the residual again. *Once* divides by every byte
+that matters counted once, which a draw cannot reach. Launches count kernels of the op and of torch together; what a
+first call prepares for later ones (scratch, tables of addresses) is left out. `/` separates {dtypes}.
+A peer's bytes are the sum of what each aten operator reads and writes, so a lower bound: a sort or a multinomial counts
+as one pass. Logits are synthetic, shaped like a language model's; blocks have {block} tokens."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def document(result: Row) -> str:
+    """Return ``docs/traffic.md``."""
+    rows, peers = result["rows"], result["peers"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    wrong = [row for row in rows if not met(row)]
+    lines = [
+        "# Memory traffic of the Triton kernels",
+        "",
+        f"Written by `make bench` ({result['date']}, {versions}); the numbers are in `bench/results/traffic.json`.",
+        "",
+        HOW.format(dtypes=", ".join(DTYPES), block=BLOCK),
+        "",
+        f"Promised: asked ≤ {MANY} × needed, ≤ {ONE} × for one row (`gate_block` apart), and the launches "
+        "in brackets: " + ("**kept by all**." if not wrong else f"**missed by {len(wrong)} of {len(rows)}**, in bold."),
+        "",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        ours = [row for row in rows if row["op"] == op]
+        theirs = [row for row in peers if row["op"] == op]
+        lines += [f"## `{op}`", "", *_op_table(ours), ""]
+        if theirs:
+            lines += [*_peers_table(theirs, ours), ""]
+    lines.append("Triton kernels of peers: none is installed here, so none is counted.")
+    lines += [f"Not counted: `{op}`: {reason}." for op, reason in result["missing"].items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _groups(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
+    """Return the rows that agree in these keys, together, in order of dtype."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [sorted(group, key=lambda row: DTYPES.index(row["dtype"])) for group in groups.values()]
+
+
+def _together(texts: Sequence[str]) -> str:
+    """Return a cell of all dtypes, once where they agree."""
+    return " / ".join(texts if len(set(texts)) > 1 else texts[:1])
+
+
+def _op_table(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for group in _groups(rows, "case", "rows", "columns"):
+        first = group[0]
+        asked = [f"{row['asked'] / row['needed']:.3f}" for row in group]
+        asked = [text if met(row) else f"**{text}**" for row, text in zip(group, asked, strict=True)]
+        most = "" if first["most_launches"] is None else f" (≤ {first['most_launches']})"
+        lines.append(
+            (
+                first["case"] or "–",
+                f"{first['rows']} × {first['columns']}",
+                _together([f"{row['needed'] / 1024:,.0f}" for row in group]),
+                _together(asked),
+                _together([f"{row['sectors'] / row['needed']:.3f}" for row in group]),
+                _together([f"{row['asked'] / row['floor']:.3f}" if row["floor"] else "–" for row in group]),
+                _together([f"{row['launches']}{most}" for row in group]),
+                _together([str(row["programs"]) for row in group]),
+            )
+        )
+    header = ("case", "rows × columns", "needed, KiB", "asked", "sectors", "once", "launches", "programs")
+    return table(header, lines, 2)
+
+
+def _peers_table(peers: Sequence[Row], ours: Sequence[Row]) -> list[str]:
+    asked = {(row["case"], row["rows"], row["columns"], row["dtype"]): row["asked"] for row in ours}
+    lines = []
+    for group in _groups(peers, "peer", "case", "rows", "columns"):
+        first = group[0]
+        own = [asked[row["case"], row["rows"], row["columns"], row["dtype"]] for row in group]
+        lines.append(
+            (
+                first["peer"],
+                first["case"] or "–",
+                f"{first['rows']} × {first['columns']}",
+                _together([number(row["asked"] / row["needed"]) for row in group]),
+                _together([f"{number(row['asked'] / one)}×" for row, one in zip(group, own, strict=True)]),
+                _together([str(row["launches"]) for row in group]),
+                _together([str(row["host_reads"]) for row in group]),
+            )
+        )
+    header = ("instead", "case", "rows × columns", "bytes over needed", "over ours", "launches", "host reads")
+    return table(header, lines, 3)
+
+
 def describe(row: Row) -> str:
     """Return a row as one line of text."""
-    name = f"{row['op']} {row['case']} {row['rows']} × {row['vocabulary']} {row['dtype']}"
+    name = f"{row['op']} {row['case']} {row['rows']} × {row['columns']} {row['dtype']}"
     return (
         f"{name:78} asked {row['asked'] / row['needed']:7.3f}  sectors {row['sectors'] / row['needed']:7.3f}  "
         f"once {row['asked'] / max(1, row['floor']):7.3f}  launches {row['launches']}  programs {row['programs']}"

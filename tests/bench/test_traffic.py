@@ -91,20 +91,22 @@ def test_a_problem_of_every_op() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "carried", "kept", "rows", "draws"),
+    ("rule", "carried", "kept", "behind", "rows", "draws"),
     [
-        ("exact", False, 5, 0, 1),  # 6 of the verifier, 5 of the drafter
-        ("exact", False, 2, 2, 2),  # the residual's two again
-        ("exact", True, 2, 1, 2),  # the floor holds one row of the drafter
-        ("exact", True, 5, -1, 1),  # and none is needed here
-        ("block", False, 5, 0, 1),
-        ("block", False, 0, 10, 2),  # five sums, from the last to the first
-        ("block", True, 3, 2 * 2 - 1, 2),
+        ("exact", False, 5, 0, 0, 1),  # 6 of the verifier, 5 of the drafter
+        ("exact", False, 2, 0, 2, 2),  # the residual's two again
+        ("exact", True, 2, 0, 1, 2),  # the floor holds one row of the drafter
+        ("exact", True, 5, 0, -1, 1),  # and none is needed here
+        ("block", False, 5, 0, 0, 1),
+        ("block", False, 0, 0, 2, 2),
+        ("block", False, 0, 4, 10, 2),  # four sums in vain, and the residual's
+        ("block", True, 3, 1, 2 * 2 - 1, 2),
     ],
 )
-def test_rows_read_again(rule: str, carried: bool, kept: int, rows: int, draws: int) -> None:
+def test_rows_read_again(rule: str, carried: bool, kept: int, behind: int, rows: int, draws: int) -> None:
     arguments = {"rule": rule, "target_logits": torch.zeros(1, 6, 8000, dtype=torch.bfloat16)}
     if carried:
         arguments["draft_logsumexp"] = torch.zeros(1, 5)
-    verdict = ops.Acceptance(torch.tensor([kept]), torch.tensor([0]), torch.zeros(1, 5))
+    accept_prob = torch.tensor([[1.0] * kept + [0.5] * behind + [0.0] * (5 - kept - behind)])
+    verdict = ops.Acceptance(torch.tensor([kept]), torch.tensor([0]), accept_prob)
     assert reread(arguments, verdict) == 2 * (rows * 8000 + draws * DRAW)
