@@ -438,87 +438,88 @@ def residual_kernel(
     i_program, i_split = tl.program_id(0) // splits, tl.program_id(0) % splits
     i_step, i_b = i_program // batch, i_program % batch
     pending = tl.load(p_pending + 2 * i_b)
-    if pending >= 0:
-        # The prefix in question: the longest that can pass, or those shorter than that from the right.
-        i_k = pending
-        if not FIRST:
-            i_k = block - 2 - i_step
-        p_state += i_b.to(tl.int64) * 5 * (block + 1)
-        p_residuals += i_b.to(tl.int64) * block * tiles
-        p_tokens += i_b.to(tl.int64) * token_row_stride
-        weight = tl.load(p_state + 4 * (block + 1) + i_k)
-        seed = setting(p_seeds, seed, i_b, seed_stride)
-        offset = setting(p_offsets, offset, i_b, offset_stride)
+    if pending < 0:
+        return
+    # The prefix in question: the longest that can pass, or those shorter than that from the right.
+    i_k = pending
+    if not FIRST:
+        i_k = block - 2 - i_step
+    p_state += i_b.to(tl.int64) * 5 * (block + 1)
+    p_residuals += i_b.to(tl.int64) * block * tiles
+    p_tokens += i_b.to(tl.int64) * token_row_stride
+    weight = tl.load(p_state + 4 * (block + 1) + i_k)
+    seed = setting(p_seeds, seed, i_b, seed_stride)
+    offset = setting(p_offsets, offset, i_b, offset_stride)
 
-        here = i_split == 0  # who passes the word of this prefix on
-        accepted = tl.full([], -1, tl.int32)
-        if (FIRST or i_k < pending) & (weight >= 0):
-            p_p = p_target + row_offset(i_b * (block + 1) + i_k, inner, stride_outer, stride_inner, VEC)
-            p_q = p_p
-            if not CERTAIN:
-                p_q = p_draft + row_offset(
-                    i_b * block + i_k, draft_inner, draft_stride_outer, draft_stride_inner, DRAFT_VEC
-                )
-            token = tl.load(p_tokens + i_k.to(tl.int64) * token_stride)
-            top_p, factor_p, top_q, factor_q = factors(p_state, i_k, block, CERTAIN)
-            # A longer prefix that has passed in the meantime leaves nothing to ask here.
-            if FIRST or tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg") <= i_k:
-                for i_tile in range(i_split, tiles, splits):
-                    b_r = residual_tile(
-                        p_p, p_q, i_tile * TILE, columns, top_p, factor_p, top_q, factor_q, token, CERTAIN, TILE
-                    )
-                    tl.store(p_residuals + i_k.to(tl.int64) * tiles + i_tile, tl.sum(b_r, 0))
-            here = arrives_last(p_counters, i_program, splits)
-            if here:
-                if RULE == "exact":
-                    accepted = i_k
-                elif i_k == 0:
-                    accepted = i_k
-                else:
-                    b_mass = residual_masses(p_residuals, i_k, tiles, RESIDUALS)
-                    total = tl.sum(b_mass, 0)
-                    rest = total + 1.0 - weight
-                    h = tl.where(rest > 0, total / tl.where(rest > 0, rest, 1.0), 1.0)
-                    tl.store(p_prob + i_b * block + i_k - 1, h.to(tl.float32))
-                    if uniform(seed, offset, i_b, ((i_k - 1) << 8) | ACCEPT) < h:
-                        accepted = i_k
-        if not FIRST:
-            if accepted >= 0:
-                tl.atomic_max(p_pending + 2 * i_b + 1, accepted)
-            accepted = tl.full([], -1, tl.int32)
-            if here:
-                if arrives_last(p_counters + batch * (block - 1), i_b, block - 1):
-                    accepted = tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg")
-
-        if accepted >= 0:
-            u = uniform(seed, offset, i_b, RESIDUAL)
-            b_mass = residual_masses(p_residuals, accepted, tiles, RESIDUALS)
-            i_p = i_b * (block + 1) + accepted
-            p_p = p_target + row_offset(i_p, inner, stride_outer, stride_inner, VEC)
-            total = tl.sum(b_mass, 0)
-            if total > 0:
-                p_q = p_p
-                if not CERTAIN:
-                    p_q = p_draft + row_offset(
-                        i_b * block + accepted, draft_inner, draft_stride_outer, draft_stride_inner, DRAFT_VEC
-                    )
-                token = tl.load(p_tokens + accepted.to(tl.int64) * token_stride)
-                top_p, factor_p, top_q, factor_q = factors(p_state, accepted, block, CERTAIN)
-                i_tile, before = draw_index(b_mass, u * total, RESIDUALS)
+    here = i_split == 0  # who passes the word of this prefix on
+    accepted = tl.full([], -1, tl.int32)
+    if (FIRST or i_k < pending) & (weight >= 0):
+        p_p = p_target + row_offset(i_b * (block + 1) + i_k, inner, stride_outer, stride_inner, VEC)
+        p_q = p_p
+        if not CERTAIN:
+            p_q = p_draft + row_offset(
+                i_b * block + i_k, draft_inner, draft_stride_outer, draft_stride_inner, DRAFT_VEC
+            )
+        token = tl.load(p_tokens + i_k.to(tl.int64) * token_stride)
+        top_p, factor_p, top_q, factor_q = factors(p_state, i_k, block, CERTAIN)
+        # A longer prefix that has passed in the meantime leaves nothing to ask here.
+        if FIRST or tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg") <= i_k:
+            for i_tile in range(i_split, tiles, splits):
                 b_r = residual_tile(
                     p_p, p_q, i_tile * TILE, columns, top_p, factor_p, top_q, factor_q, token, CERTAIN, TILE
                 )
-                following = (i_tile * TILE + draw_column(b_r, u * total - before, TILE)).to(tl.int64)
+                tl.store(p_residuals + i_k.to(tl.int64) * tiles + i_tile, tl.sum(b_r, 0))
+        here = arrives_last(p_counters, i_program, splits)
+        if here:
+            if RULE == "exact":
+                accepted = i_k
+            elif i_k == 0:
+                accepted = i_k
             else:
-                # p = q leaves no residual; only rounding can have rejected, and p is then the law to draw from.
-                p_record = p_records + (i_b * of_each + accepted).to(tl.int64) * record_tiles * 2
-                following = draw_softmax(p_p, columns, p_record, record_tiles, u, RECORD_TILE, RECORDS)
-            tl.store(p_accepted + i_b, accepted.to(tl.int64))
-            tl.store(p_next + i_b, following)
-            tl.store(p_pending + 2 * i_b, -1)
-            if RULE == "block":
-                o_k = tl.arange(0, BLOCK_K)
-                tl.store(p_prob + i_b * block + o_k, 1.0, mask=o_k + 1 < accepted)
+                b_mass = residual_masses(p_residuals, i_k, tiles, RESIDUALS)
+                total = tl.sum(b_mass, 0)
+                rest = total + 1.0 - weight
+                h = tl.where(rest > 0, total / tl.where(rest > 0, rest, 1.0), 1.0)
+                tl.store(p_prob + i_b * block + i_k - 1, h.to(tl.float32))
+                if uniform(seed, offset, i_b, ((i_k - 1) << 8) | ACCEPT) < h:
+                    accepted = i_k
+    if not FIRST:
+        if accepted >= 0:
+            tl.atomic_max(p_pending + 2 * i_b + 1, accepted)
+        accepted = tl.full([], -1, tl.int32)
+        if here:
+            if arrives_last(p_counters + batch * (block - 1), i_b, block - 1):
+                accepted = tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg")
+
+    if accepted >= 0:
+        u = uniform(seed, offset, i_b, RESIDUAL)
+        b_mass = residual_masses(p_residuals, accepted, tiles, RESIDUALS)
+        i_p = i_b * (block + 1) + accepted
+        p_p = p_target + row_offset(i_p, inner, stride_outer, stride_inner, VEC)
+        total = tl.sum(b_mass, 0)
+        if total > 0:
+            p_q = p_p
+            if not CERTAIN:
+                p_q = p_draft + row_offset(
+                    i_b * block + accepted, draft_inner, draft_stride_outer, draft_stride_inner, DRAFT_VEC
+                )
+            token = tl.load(p_tokens + accepted.to(tl.int64) * token_stride)
+            top_p, factor_p, top_q, factor_q = factors(p_state, accepted, block, CERTAIN)
+            i_tile, before = draw_index(b_mass, u * total, RESIDUALS)
+            b_r = residual_tile(
+                p_p, p_q, i_tile * TILE, columns, top_p, factor_p, top_q, factor_q, token, CERTAIN, TILE
+            )
+            following = (i_tile * TILE + draw_column(b_r, u * total - before, TILE)).to(tl.int64)
+        else:
+            # p = q leaves no residual; only rounding can have rejected, and p is then the law to draw from.
+            p_record = p_records + (i_b * of_each + accepted).to(tl.int64) * record_tiles * 2
+            following = draw_softmax(p_p, columns, p_record, record_tiles, u, RECORD_TILE, RECORDS)
+        tl.store(p_accepted + i_b, accepted.to(tl.int64))
+        tl.store(p_next + i_b, following)
+        tl.store(p_pending + 2 * i_b, -1)
+        if RULE == "block":
+            o_k = tl.arange(0, BLOCK_K)
+            tl.store(p_prob + i_b * block + o_k, 1.0, mask=o_k + 1 < accepted)
 
 
 def accept_block(
@@ -554,7 +555,8 @@ def accept_block(
     sampling = rule in ("exact", "block")
     of_each = block + 1 + (block if sampling and draft_logits is not None and draft_logsumexp is None else 0)
     rows = batch * of_each
-    launch = plan(rows, columns, multiprocessors(device))
+    size = target_logits.element_size()
+    launch = plan(rows, columns, multiprocessors(device), size)
     if not sampling:
         counters, (verdicts, records) = _scratch(device, rows + batch, rows, 5 * rows * launch.tiles)
         prefix_kernel[launch.grid](
@@ -584,7 +586,7 @@ def accept_block(
         )
         return out
 
-    again = plan(batch, columns, multiprocessors(device))
+    again = plan(batch, columns, multiprocessors(device), size)
     counters, (state, pending, records, residuals) = _scratch(
         device,
         max(rows + batch, batch * block),
