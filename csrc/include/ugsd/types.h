@@ -5,8 +5,12 @@
 #include <cstdint>
 
 // Functions that do not name an instruction set are inlined into each one's code: the linker keeps a single copy of
-// an out-of-line function, and it might be the one compiled for another machine.
+// an out-of-line function, and it might be the one compiled for another machine. CUDA kernels call them too.
+#ifdef __CUDACC__
+#define UGSD_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define UGSD_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace ugsd {
 
