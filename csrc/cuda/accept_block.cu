@@ -67,6 +67,7 @@ struct Probability {
 // max(0, w p - q) of the columns of a row. A certain drafter's q is 1 at its token: nothing of p is left there.
 template <class P>
 struct Residual {
+  int columns;
   const P* row;
   Probability p;
   DType dtype;
@@ -76,10 +77,10 @@ struct Residual {
 
   template <int kColumns>
   __device__ void operator()(int column, float (&e)[kColumns]) const {
-    load(row + column, e);
+    load(row, columns, column, e);
     float z[kColumns];
     if (draft_row)
-      with_type(dtype, [&](auto zero) { load(static_cast<decltype(zero)>(draft_row) + column, z); });
+      with_type(dtype, [&](auto zero) { load(static_cast<decltype(zero)>(draft_row), columns, column, z); });
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       e[k] = p(e[k]);
@@ -135,22 +136,14 @@ class Sequence {
   // The residual mass of a piece at the position that the sequence waits for.
   __device__ void sum_residual(int piece) const {
     with_residual([&](const auto& residual, const auto& split) {
-      using Parts = std::decay_t<decltype(split)>;
-      float sum = 0, one[1];
-      const auto single = [&](bool present, int column) {
-        if (!present) return;
-        residual(column, one);
-        sum += one[0];
-      };
-      single(split.has_head(), split.first + lane());
-#pragma unroll
-      for (int i = 0; i < Parts::kVectors; ++i) {
-        if (!split.has_vector(i)) continue;
-        float e[kPiece / Parts::kVectors / kLanes];
-        residual(split.vector_column(i), e);
+      float sum = 0;
+#pragma unroll 2
+      for (int i = 0; i < split.kSteps; ++i) {
+        if (!split.has(i)) continue;
+        float e[kPiece / split.kSteps / kLanes];
+        residual(split.column(i), e);
         for (const float x : e) sum += x;
       }
-      single(split.has_tail(), split.tail + lane());
       sum = sum_lanes(sum);
       if (lane() == 0) masses()[piece] = sum;
       return 0;
@@ -312,7 +305,8 @@ class Sequence {
     return with_type(args_.target.dtype, [&](auto zero) {
       using P = Pointee<decltype(zero)>;
       const P* row = args_.target.row<P>(r);
-      return f(Residual<P>{row, p, draft.dtype, draft_row, q, token(i)}, Split<P>(row, columns_, piece));
+      const Split<P> split(columns_, piece);
+      return f(Residual<P>{split.columns, row, p, draft.dtype, draft_row, q, token(i)}, split);
     });
   }
 

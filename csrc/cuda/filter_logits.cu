@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
   if (warp != 0) return;
   const double u = uniform(args.seed[r], args.offset[r], r, Stream::kDraft);
   const PieceDraw drawn = draw_piece(count, u, [&](int j) { return static_cast<double>(pieces[j].mass); });
-  const int token = draw_column(Split<T>(row, columns, drawn.piece), drawn.left, [&](int column, auto& e) {
-    load(row + column, e);
+  const int token = draw_column(Split<T>(columns, drawn.piece), drawn.left, [&](int column, auto& e) {
+    load(row, static_cast<int>(columns), column, e);
     for (float& x : e) x = selection.mass_over(x, threshold);
   });
   if (lane() != 0) return;
@@ -84,22 +84,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) write_kern
     if (greedy) return column == bound.argmax ? x : -kInfinity;
     return x >= bound.threshold ? x / t : -kInfinity;
   };
-  const Split<T> split(row, columns, warp % count);
-  const auto single = [&](bool present, int column) {
-    if (present) out[column] = filtered(to_float(row[column]), column);
-  };
-  single(split.has_head(), split.first + lane());
-#pragma unroll
-  for (int i = 0; i < Split<T>::kVectors; ++i) {
-    if (!split.has_vector(i)) continue;
-    const int column = split.vector_column(i);
+  const Split<T> split(columns, warp % count);
+#pragma unroll 2
+  for (int i = 0; i < Split<T>::kSteps; ++i) {
+    if (!split.has(i)) continue;
     float x[kWidth<T>];
-    load(row + column, x);
+    load(row, split.columns, split.column(i), x);
 #pragma unroll
-    for (int k = 0; k < kWidth<T>; ++k) x[k] = filtered(x[k], column + k);
-    store(out + column, x);
+    for (int k = 0; k < kWidth<T>; ++k) x[k] = filtered(x[k], split.column(i) + k);
+    store(out, split.columns, split.column(i), x);
   }
-  single(split.has_tail(), split.tail + lane());
 }
 
 }  // namespace

@@ -141,6 +141,14 @@ __device__ void unpack(const uint4& v, float (&x)[8], T) {
   }
 }
 
+// x[i] = value without an index into registers.
+template <int kCount, class T>
+__device__ void place(T (&x)[kCount], int i, T value) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    if (k == i) x[k] = value;
+}
+
 // One logit as all ops read it: NaN is masked, +inf is the largest number.
 __device__ inline float cleaned(float x) { return fminf(fmaxf(x, -kInfinity), kLargest); }
 

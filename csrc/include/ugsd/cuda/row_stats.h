@@ -177,8 +177,8 @@ __device__ int draw_token(const T* row, int64_t columns, const PieceStats* piece
   const float max = pieces[drawn.piece].max;
   const Exponential exponential(max, octaves);
   const double left = drawn.left / weight_of(max, sums.max, octaves);
-  return draw_column(Split<T>(row, columns, drawn.piece), left, [&](int column, auto& e) {
-    load(row + column, e);
+  return draw_column(Split<T>(columns, drawn.piece), left, [&](int column, auto& e) {
+    load(row, static_cast<int>(columns), column, e);
     for (float& x : e) x = exponential(cleaned(x));
   });
 }
