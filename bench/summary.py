@@ -1,4 +1,4 @@
-"""Makes reports of ``bench/results/*.json``: ``docs/benchmarks.md``, ``docs/benchmarks.png``, two sections of README.
+"""Makes reports of ``bench/results/*.json``: those of ``docs`` that its `write` names, and two sections of README.
 
 ``python -m bench.summary`` writes them anew without measuring anything.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import compile_report, gpu, traffic
 from bench.harness import Row, target_text
 from bench.kernels import accept_block, kv_compact, lm_head_stats, sample
+from bench.markdown import number, table
 from examples.embedded_pair.report import NAMES, SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,9 @@ cache of `kv_compact` and the weight of `lm_head_stats` are larger and come from
 memory. *Normal* logits are gaussian × 3; *peaked* ones are synthetic, shaped like a language model's: a Zipf-like tail
 and three strong candidates, top probability about 0.9. `×` behind a number is how many times the op's time the
 baseline takes. Targets are for one thread, warm."""
+REPORTS = {"traffic": traffic.document, "compile": compile_report.document, "gpu": gpu.document}
+"""What makes a Markdown file of a result, by the name of both."""
+
 MEASURABLE = 1 << 16  # bytes; a share of a floor under this only shows the cost of a call
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -77,19 +82,6 @@ def headline_rows(kernels: Row, headline: Headline) -> dict[str, Row]:
         if plain and (op, row["case"]) == headline[:2] and headline.baseline in row["baselines"]:
             found.setdefault(row["dtype"], row)
     return found
-
-
-def number(value: float) -> str:
-    """Return three significant digits, without an exponent."""
-    if value >= 1000:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> list[str]:
-    """Return the lines of a Markdown table; columns after the first ``text_columns`` are numbers."""
-    align = ["---" if i < text_columns else "---:" for i in range(len(header))]
-    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
 
 
 def share_of_floor(row: Row) -> str:
@@ -351,15 +343,20 @@ def write(results: Path, docs: Path, readme: Path | None) -> None:
     Parameters
     ----------
     results
-        Folder of ``kernels.json``, ``overhead.json`` and ``embedded_pair.json``, each optional.
+        Folder of ``kernels.json``, ``overhead.json``, ``embedded_pair.json`` and those that `REPORTS` names, each
+        optional.
     docs
-        Folder for ``benchmarks.md`` and ``benchmarks.png``.
+        Folder for ``benchmarks.md``, ``benchmarks.png`` and a Markdown file for each of `REPORTS`.
     readme
         File whose marked sections are written anew, None to leave README alone.
     """
     kernels, pair = load(results / "kernels.json"), load(results / "embedded_pair.json")
+    docs.mkdir(parents=True, exist_ok=True)
+    for name, report in REPORTS.items():
+        found = load(results / f"{name}.json")
+        if found:
+            (docs / f"{name}.md").write_text(report(found))
     if kernels:
-        docs.mkdir(parents=True, exist_ok=True)
         (docs / "benchmarks.md").write_text(document(kernels, load(results / "overhead.json")))
         draw(kernels, docs / "benchmarks.png")
     if readme:

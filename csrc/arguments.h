@@ -13,9 +13,10 @@
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "dlpack.h"
-#include "ugsd/types.h"
+#include "ugsd/args.h"
 
 namespace ugsd::python {
 
@@ -24,6 +25,7 @@ struct Raised : std::exception {};
 
 inline const dlpack::ExchangeApi* exchange = nullptr;
 inline PyTypeObject* tensor_type = nullptr;
+inline int32_t device_type = dlpack::kCpu;  // of the tensors that this extension takes
 
 // Takes torch.Tensor, whose C functions read and make every tensor from here on.
 inline PyObject* use_tensors_of(PyObject*, PyObject* type) {
@@ -42,7 +44,7 @@ inline PyObject* use_tensors_of(PyObject*, PyObject* type) {
   Py_RETURN_NONE;
 }
 
-// Describes a CPU tensor that its caller holds.
+// Describes a tensor that its caller holds.
 inline dlpack::Tensor borrow(PyObject* object) {
   dlpack::Tensor tensor;
   if (!PyObject_TypeCheck(object, tensor_type)) {
@@ -50,7 +52,9 @@ inline dlpack::Tensor borrow(PyObject* object) {
     throw Raised();
   }
   if (exchange->borrow(object, &tensor) != 0) throw Raised();
-  if (tensor.device.type != dlpack::kCpu) throw std::invalid_argument("the cpp backend takes CPU tensors");
+  if (tensor.device.type != device_type)
+    throw std::invalid_argument(device_type == dlpack::kCpu ? "the cpp backend takes CPU tensors"
+                                                            : "the cuda backend takes CUDA tensors");
   tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   return tensor;
 }
@@ -196,6 +200,53 @@ class Arguments {
   int num_copies_ = 0;
 };
 
+inline Filters filters(Arguments& in) {
+  const auto top_k = in.per_row<int64_t>();
+  const auto top_p = in.per_row<float>();
+  return {top_k, top_p, in.per_row<float>()};
+}
+
+// A list of addresses and one of layouts: (heads, batch, head and slot strides, row length), the last four in bytes;
+// one a tensor, or one for all.
+inline std::vector<KvTensor> kv_tensors(PyObject* addresses, PyObject* layouts) {
+  std::vector<KvTensor> kv;
+  kv.reserve(static_cast<size_t>(PyList_GET_SIZE(addresses)));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(addresses); ++i) {
+    if (i < PyList_GET_SIZE(layouts)) {
+      PyObject* layout = PyList_GET_ITEM(layouts, i);
+      std::array<int64_t, 5> fields;
+      for (size_t k = 0; k < fields.size(); ++k) fields[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(layout, k));
+      kv.push_back({nullptr, fields[0], fields[1], fields[2], fields[3], fields[4]});
+    } else {
+      kv.push_back(kv.front());
+    }
+    kv.back().data = static_cast<char*>(PyLong_AsVoidPtr(PyList_GET_ITEM(addresses, i)));
+  }
+  return kv;
+}
+
+// A function of positional arguments as CPython calls it, without pybind11's conversions.
+template <PyObject* (*function)(Arguments&)>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    Arguments in(arguments, count);
+    return function(in);
+  } catch (const Raised&) {
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <PyObject* (*function)(Arguments&)>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<function>)), METH_FASTCALL, nullptr};
+}
+
 struct Result {
   dlpack::DataType dtype;
   int32_t dims;
@@ -214,13 +265,12 @@ class Results {
   Results(PyObject* given, const int64_t* shape, const std::array<Result, N>& results) {
     if (given == Py_None) {
       allocate(shape, results);
-      return;
+    } else {
+      take(given);
     }
-    if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) != N) throw std::invalid_argument("out is not a full tuple");
-    for (size_t i = 0; i < N; ++i) data_[i] = borrow(PyTuple_GET_ITEM(given, i)).data;
-    Py_INCREF(given);
-    tuple_ = given;
   }
+  // None are made here.
+  explicit Results(PyObject* given) { take(given); }
   Results(const Results&) = delete;
   Results& operator=(const Results&) = delete;
   ~Results() { Py_XDECREF(tuple_); }
@@ -237,6 +287,13 @@ class Results {
     std::atomic<size_t> users;
     std::array<dlpack::ManagedTensor, N> managed;
   };
+
+  void take(PyObject* given) {
+    if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) != N) throw std::invalid_argument("out is not a full tuple");
+    for (size_t i = 0; i < N; ++i) data_[i] = borrow(PyTuple_GET_ITEM(given, i)).data;
+    Py_INCREF(given);
+    tuple_ = given;
+  }
 
   static size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -280,5 +337,11 @@ class Results {
   std::array<void*, N> data_;
   PyObject* tuple_ = nullptr;
 };
+
+template <size_t N>
+StatsOut stats_out(const Results<N>& out, size_t first) {
+  return {out.template data<float>(first), out.template data<float>(first + 1), out.template data<float>(first + 2),
+          out.template data<int64_t>(first + 3), out.template data<float>(first + 4)};
+}
 
 }  // namespace ugsd::python

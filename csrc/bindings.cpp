@@ -1,7 +1,6 @@
 // ugsd_fast._C: the ops on tensors that the Python side has checked; None stands for an absent one.
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -34,23 +33,6 @@ void call(Kernel* kernel, const Args& args, int64_t logits) {
   kernel(args);
 }
 
-// A function of positional arguments as CPython calls it, without pybind11's conversions.
-template <PyObject* (*function)(Arguments&)>
-PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  try {
-    Arguments in(arguments, count);
-    return function(in);
-  } catch (const Raised&) {
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
 // The rows' shape: the dimensions of logits before the last.
 struct Leading {
   explicit Leading(PyObject* logits) {
@@ -65,18 +47,6 @@ struct Leading {
 Results<5> stats_results(PyObject* given, const Leading& rows) {
   const Result number = result<float>(rows.dims);
   return {given, rows.shape, {number, number, number, result<int64_t>(rows.dims), number}};
-}
-
-template <size_t N>
-StatsOut stats_out(const Results<N>& out, size_t first) {
-  return {out.template data<float>(first), out.template data<float>(first + 1), out.template data<float>(first + 2),
-          out.template data<int64_t>(first + 3), out.template data<float>(first + 4)};
-}
-
-Filters filters(Arguments& in) {
-  const auto top_k = in.per_row<int64_t>();
-  const auto top_p = in.per_row<float>();
-  return {top_k, top_p, in.per_row<float>()};
 }
 
 // logits, temperature and temperatures, threads, out
@@ -143,7 +113,7 @@ PyObject* gate_block(Arguments& in) {
   const auto threshold = in.per_row<float>();
   const auto reduce = static_cast<Reduction>(in.integer());
   Results<2> out(in.object(), entropy.shape, {result<float>(1), result<bool>(1)});
-  call(ugsd::gate_block,
+  call(ugsd::gate_blocks,
        GateBlockArgs{static_cast<const float*>(entropy.data), entropy.shape[0], entropy.shape[1], entropy.strides[0],
                      entropy.strides[1], lengths, threshold, reduce, out.data<float>(0), out.data<bool>(1)},
        entropy.shape[0] * entropy.shape[1]);
@@ -183,11 +153,6 @@ PyObject* lm_head_stats(Arguments& in) {
   call(table->lm_head_stats, LmHeadStatsArgs{hidden, weight, bias, temperature, stats_out(out, 0), threads},
        weight.count() * weight.columns);
   return out.release();
-}
-
-template <PyObject* (*function)(Arguments&)>
-PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<function>)), METH_FASTCALL, nullptr};
 }
 
 PyMethodDef methods[] = {
@@ -231,24 +196,10 @@ PYBIND11_MODULE(_C, m) {
 
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 
-  // A layout is (heads, batch, head and slot strides, row length), the last four in bytes: one a tensor, or one for
-  // all.
   m.def("kv_compact",
         [](const py::list& addresses, const py::list& layouts, int64_t batch, int64_t slots, uintptr_t keep,
            int64_t keep_stride, uintptr_t lengths, int align, int threads, uintptr_t kept) {
-          std::vector<KvTensor> kv;
-          kv.reserve(addresses.size());
-          for (size_t i = 0; i < addresses.size(); ++i) {
-            if (i < layouts.size()) {
-              PyObject* layout = PyList_GET_ITEM(layouts.ptr(), i);
-              std::array<int64_t, 5> fields;
-              for (size_t k = 0; k < fields.size(); ++k) fields[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(layout, k));
-              kv.push_back({nullptr, fields[0], fields[1], fields[2], fields[3], fields[4]});
-            } else {
-              kv.push_back(kv.front());
-            }
-            kv.back().data = reinterpret_cast<char*>(PyLong_AsLongLong(PyList_GET_ITEM(addresses.ptr(), i)));
-          }
+          const std::vector<KvTensor> kv = kv_tensors(addresses.ptr(), layouts.ptr());
           const KvCompactArgs args{kv.data(),
                                    static_cast<int64_t>(kv.size()),
                                    batch,
@@ -262,4 +213,7 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           kv_compact(args, table->move_slots);
         });
+
+  // The extension of the CUDA kernels, where it was built.
+  m.def("cuda", [] { return py::module_::import("ugsd_fast._cuda"); });
 }

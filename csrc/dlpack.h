@@ -10,7 +10,7 @@ struct Version {
   uint32_t major, minor;
 };
 
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 
 struct Device {
   int32_t type, id;

@@ -1,13 +1,16 @@
-"""Runs a test on the implementation that `cases.on_backends` names."""
+"""Runs a test on the implementation that `cases.on_backends` names; Triton's between guard zones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bench.interpreter import quick_calls
 from tests.ops.cases import Backend
+from tests.ops.guard_zones import guard_zones
 
 settings.register_profile(
     "ops",
@@ -25,5 +28,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend | None]:
     if chosen is None:
         yield None
         return
-    with chosen.use():
+    with ExitStack() as stack:
+        stack.enter_context(chosen.use())
+        if chosen.name == "triton":
+            stack.enter_context(quick_calls())
+            stack.enter_context(guard_zones())
         yield chosen

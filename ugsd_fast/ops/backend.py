@@ -280,8 +280,12 @@ def _why_missing(op: str, backend: str) -> str | None:
         if not str(error.name).startswith("ugsd_fast.kernels"):
             return f"its kernel does not load: {error}"
         return f"this version has no {backend} kernel for {op}"
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         return f"its kernel does not load: {error}"
+    except AttributeError:
+        return f"this version has no {backend} kernel for {op}"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -61,7 +61,7 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
     if not kv:
         raise ValueError("kv_compact: kv is empty, expected at least one tensor [B, H, T, D]")
     if is_eager(keep) and set(map(type, kv)) == {Tensor} and not any(map(_requires_grad, kv)):
-        layouts = _layouts(kv)
+        layouts = layouts_of(kv)
         # Layers that look like the first need no checks of their own.
         shapes, strides = layouts
         for i in range(1 if _alike(*layouts, list(map(_device, kv))) else len(kv)):
@@ -69,7 +69,7 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
         _check_keep(keep, shapes[0])
         implementation = select("kv_compact", keep.device.type)
         if implementation is _cpp:
-            return _launch(kv, layouts, keep, align)
+            return launch(kv, layouts, keep, align, _compact)
         _check_distinct(kv, list(map(Tensor.data_ptr, kv)))
         return implementation(kv, keep, align)
     for i, tensor in enumerate(kv):
@@ -78,7 +78,8 @@ def kv_compact(kv: Sequence[Tensor], keep: Tensor, *, align: str = "left") -> Te
     return _op(list(kv), keep, align)
 
 
-def _layouts(kv: Sequence[Tensor]) -> Layouts:
+def layouts_of(kv: Sequence[Tensor]) -> Layouts:
+    """Return the shapes and the strides."""
     return list(map(_shape, kv)), list(map(Tensor.stride, kv))
 
 
@@ -141,10 +142,15 @@ def _fake(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
 
 
 def _cpp(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
-    return _launch(kv, _layouts(kv), keep, align)
+    return launch(kv, layouts_of(kv), keep, align, _compact)
 
 
-def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) -> Tensor:
+def _compact(*arguments: Any, kept: Tensor) -> None:
+    extension.kv_compact(*arguments, torch.get_num_threads(), kept.data_ptr())
+
+
+def launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str, compact: Callable[..., None]) -> Tensor:
+    """Call ``compact`` of a native backend with addresses, layouts, sizes and the keyword ``kept``; return that."""
     addresses = list(map(Tensor.data_ptr, kv))
     _check_distinct(kv, addresses)
     sizes = list(map(Tensor.element_size, kv))
@@ -155,7 +161,7 @@ def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) ->
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()
     lengths = native.flat(keep, torch.int64) if mask is None else None
-    extension.kv_compact(
+    compact(
         addresses,
         [_packed(*layout) for layout in islice(zip(*layouts, sizes, strict=True), described)],
         len(kept),
@@ -164,8 +170,7 @@ def _launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str) ->
         0 if mask is None else mask.stride(0),
         native.address(lengths),
         ALIGNMENTS.index(align),
-        torch.get_num_threads(),
-        kept.data_ptr(),
+        kept=kept,
     )
     return kept
 

@@ -13,26 +13,6 @@
 
 namespace ugsd {
 
-enum class Rule : int { kGreedy = 0, kRank = 1, kExact = 2, kBlock = 3, kTypical = 4, kRelaxed = 5 };
-
-struct AcceptBlockArgs {
-  Rows target;            // [batch, block + 1, columns]
-  Rows draft;             // [batch, block, columns]; data is null where the drafter was certain
-  const int64_t* tokens;  // [batch, block]
-  int64_t batch, block;
-  Rule rule;
-  const int64_t* lengths;        // [batch], or null
-  PerRow<double> limit, slack;   // (rank, -), (epsilon, delta), (top n, delta)
-  const float* draft_logsumexp;  // [batch, block], or null
-  bool bonus;
-  PerRow<int64_t> seed, offset;
-  const double* uniforms;  // [batch, block + 1] in place of the generator's, or null
-  int64_t* num_accepted;
-  int64_t* next_token;
-  float* accept_prob;  // [batch, block]
-  int threads;
-};
-
 namespace detail {
 
 // A softmax row: p(v) = exp(z_v - logsumexp).

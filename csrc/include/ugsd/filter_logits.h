@@ -7,14 +7,6 @@
 
 namespace ugsd {
 
-struct FilterLogitsArgs {
-  Rows logits;
-  PerRow<float> temperature;
-  Filters filters;
-  float* out;  // [rows, columns], contiguous
-  int threads;
-};
-
 namespace detail {
 
 template <class S, class T>

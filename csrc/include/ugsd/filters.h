@@ -9,26 +9,7 @@
 
 namespace ugsd {
 
-struct Filters {
-  PerRow<int64_t> top_k;
-  PerRow<float> top_p, min_p;
-};
-
 namespace detail {
-
-struct RowFilter {
-  int64_t top_k;  // 0: off
-  float top_p;    // >= 1: off
-  float min_p;    // 0: off
-
-  UGSD_INLINE RowFilter(const Filters& filters, int64_t r, int64_t columns)
-      : top_k(filters.top_k[r]), top_p(filters.top_p[r]), min_p(filters.min_p[r]) {
-    if (top_k < 0 || top_k >= columns) top_k = 0;
-    if (!(min_p > 0)) min_p = 0;
-    if (min_p > 1) min_p = 1;
-  }
-  UGSD_INLINE bool any() const { return top_k > 0 || top_p < 1 || min_p > 0; }
-};
 
 // Values of the columns at or over `bound` (and not masked), in column order; room for kLanes more must follow.
 // Blocks that cannot reach the bound are not read.

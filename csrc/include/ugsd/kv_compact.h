@@ -4,29 +4,9 @@
 // a kept one replaces is read as well where stores go through the caches, which take lines whole.
 #pragma once
 
-#include "ugsd/types.h"
+#include "ugsd/args.h"
 
 namespace ugsd {
-
-// No two elements share memory, neither in one tensor nor in two of a call.
-struct KvTensor {
-  char* data;
-  int64_t heads;
-  int64_t batch_stride, head_stride, slot_stride, row_bytes;  // bytes
-};
-
-enum class Align : int { kLeft = 0, kRight = 1 };
-
-struct KvCompactArgs {
-  const KvTensor* tensors;
-  int64_t tensor_count, batch, slots;
-  const bool* keep;  // [batch, slots] with this stride, or null
-  int64_t keep_stride;
-  const int64_t* lengths;  // [batch]: leading slots that stay, where keep is null
-  Align align;
-  int64_t* kept;
-  int threads;
-};
 
 // A slot that moves, and the slot to fetch along with it: a dropped one that will be written over, or itself.
 struct KvStep {

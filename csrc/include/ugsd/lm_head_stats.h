@@ -8,15 +8,6 @@
 
 namespace ugsd {
 
-struct LmHeadStatsArgs {
-  Rows hidden;  // [rows, width]
-  Rows weight;  // [vocabulary, width]
-  const void* bias;
-  PerRow<float> temperature;
-  StatsOut out;
-  int threads;
-};
-
 namespace detail {
 
 // Products of a weight row and hidden states, kStep columns a time: hidden states are widened once, in the order in

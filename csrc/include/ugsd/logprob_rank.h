@@ -7,16 +7,6 @@
 
 namespace ugsd {
 
-struct LogprobRankArgs {
-  Rows logits;
-  const int64_t* tokens;
-  PerRow<float> temperature;
-  const float* logsumexp;  // null: computed here
-  float* logprob;
-  int64_t* rank;
-  int threads;
-};
-
 namespace detail {
 
 // A token of this log-probability is the row's maximum, whatever the rounding.

@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon et al., SC 2011): uniforms as a function of (seed, offset, row, stream).
 #pragma once
 
-#include <cstdint>
+#include "ugsd/types.h"
 
 namespace ugsd {
 
@@ -12,7 +12,7 @@ struct Philox {
   uint32_t words[4];
 };
 
-static inline Philox philox4x32(const uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {
+UGSD_INLINE Philox philox4x32(const uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
@@ -27,7 +27,7 @@ static inline Philox philox4x32(const uint32_t (&counter)[4], uint32_t key0, uin
 }
 
 // 53 bits in [0, 1), the same number in every backend; `position` is the place in a drafted block.
-static inline double uniform(int64_t seed, int64_t offset, int64_t row, Stream stream, int64_t position = 0) {
+UGSD_INLINE double uniform(int64_t seed, int64_t offset, int64_t row, Stream stream, int64_t position = 0) {
   const auto key = static_cast<uint64_t>(seed), count = static_cast<uint64_t>(offset);
   const uint32_t counter[4] = {static_cast<uint32_t>(count), static_cast<uint32_t>(count >> 32),
                                static_cast<uint32_t>(row),

@@ -10,17 +10,6 @@
 
 namespace ugsd {
 
-struct SampleArgs {
-  Rows logits;
-  PerRow<float> temperature;
-  Filters filters;
-  PerRow<int64_t> seed, offset;
-  int64_t* tokens;
-  float* logprob;
-  StatsOut out;
-  int threads;
-};
-
 namespace detail {
 
 struct Draw {

@@ -6,17 +6,11 @@
 // maximum itself stays out of the sums (its term is exactly 1): a nearly certain row keeps all its digits.
 #pragma once
 
+#include "ugsd/args.h"
 #include "ugsd/block_sums.h"
 #include "ugsd/parallel.h"
 
 namespace ugsd {
-
-struct TokenStatsArgs {
-  Rows logits;
-  PerRow<float> temperature;
-  StatsOut out;
-  int threads;
-};
 
 namespace detail {
 

@@ -5,9 +5,13 @@
 #include <cstdint>
 
 // Functions that do not name an instruction set are inlined into each one's code: the linker keeps a single copy of
-// an out-of-line function, and it might be the one compiled for another machine.
+// an out-of-line function, and it might be the one compiled for another machine. CUDA kernels call them too.
 #define UGSD_ALWAYS_INLINE __attribute__((always_inline))
+#ifdef __CUDACC__
+#define UGSD_INLINE __host__ __device__ inline UGSD_ALWAYS_INLINE
+#else
 #define UGSD_INLINE inline UGSD_ALWAYS_INLINE
+#endif
 
 namespace ugsd {
 
