@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ugsd_fast.kernels.rows import FIELDS, INFINITY, LARGEST, Plan, Rows, clean, exponents, flat, scratch
+from ugsd_fast.kernels.rows import FIELDS, INFINITY, LARGEST, Plan, Rows, clean, exponents, flat, registers, scratch
 
 GROUP = 128
 
@@ -84,9 +83,7 @@ def list_groups(p_work, tiles, bound, TILE: tl.constexpr, GROUP: tl.constexpr, G
 
 
 @triton.jit
-def load_groups(
-    p_row, p_work, first, listed, columns, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
-):
+def load_groups(p_row, p_work, first, listed, columns, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Return the logits ``[TILE]`` of the listed groups from ``first`` on, -inf past the last."""
     p_numbers = (p_work + GROUPS).to(tl.pointer_type(tl.int32), bitcast=True)
     o_g = first + tl.arange(0, TILE // GROUP)
@@ -214,9 +211,7 @@ def filter_threshold(
             if TOP_P:
                 if top_p < 1:
                     listed = list_groups(p_work, tiles, kth, TILE, GROUP, GROUPS)
-                    b_mass = sum_groups(
-                        p_row, p_work, listed, columns, kth, top, octaves, TILE, GROUP, GROUPS, RECORDS
-                    )
+                    b_mass = sum_groups(p_row, p_work, listed, columns, kth, top, octaves, TILE, GROUP, GROUPS, RECORDS)
                     total = tl.sum(b_mass, 0)
     threshold = lowest
     if TOP_P:
@@ -226,9 +221,7 @@ def filter_threshold(
             bound = tl.minimum(top.to(tl.float64), tl.maximum(top.to(tl.float64) + tl.log(share) / scale, -LARGEST))
             lowest = tl.maximum(lowest, bound.to(tl.float32))
             listed = list_groups(p_work, tiles, lowest, TILE, GROUP, GROUPS)
-            nucleus = select(
-                p_row, p_work, listed, columns, top, octaves, p * total, lowest, True, TILE, GROUP, GROUPS
-            )
+            nucleus = select(p_row, p_work, listed, columns, top, octaves, p * total, lowest, True, TILE, GROUP, GROUPS)
             threshold = tl.maximum(threshold, nucleus)
     return threshold
 
@@ -264,10 +257,8 @@ class Filters(NamedTuple):
             "MIN_P": self.min_p,
             "GROUP": self.group(launch),
             "WORKSPACE": self.workspace(launch),
-            "num_warps": launch.warps,
         }
-        # ptxas would rather spill a few registers of the search than take more than 128.
-        return constants | {"maxnreg": 168} if any(self) and torch.version.hip is None else constants
+        return constants | launch.options | (registers(168) if any(self) else {})
 
 
 def filters_of(columns: int, settings: tuple[float | Tensor | None, ...]) -> Filters:
