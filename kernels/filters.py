@@ -9,7 +9,7 @@ groups halves the interval; the last one writes the columns in question side by 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -261,7 +261,7 @@ class Filters(NamedTuple):
         return constants | launch.options | (registers(168) if any(self) else {})
 
 
-def filters_of(columns: int, settings: tuple[float | Tensor | None, ...]) -> Filters:
+def filters_of(columns: int, settings: tuple[Any, ...]) -> Filters:
     """Return the filters among ``(temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps)``."""
     _, _, top_k, top_ks, top_p, top_ps, min_p, min_ps = settings
     return Filters(
@@ -269,6 +269,6 @@ def filters_of(columns: int, settings: tuple[float | Tensor | None, ...]) -> Fil
     )
 
 
-def with_strides(settings: tuple[float | Tensor | None, ...]) -> list[float | Tensor | None]:
+def with_strides(settings: tuple[Any, ...]) -> list[Any]:
     """Return pairs of a number and a tensor a row as kernels take them: number, tensor, stride."""
     return [x for number, rows in zip(settings[::2], settings[1::2]) for x in (number, *flat(rows))]

@@ -250,7 +250,7 @@ class Rows(NamedTuple):
     """
 
     tensor: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
     columns: int
     inner: int
     stride_outer: int
