@@ -5,7 +5,6 @@ One launch. Bytes moved: each logit once, and where a row is split, 20 written a
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,6 +93,6 @@ def token_stats(
         VEC=rows.vec,
         TILE=launch.tile,
         RECORDS=launch.records,
-        num_warps=launch.warps,
+        **launch.options,
     )
     return results
