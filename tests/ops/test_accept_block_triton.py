@@ -36,7 +36,7 @@ def on_cpp(**arguments: Any) -> ops.Acceptance:
         return ops.accept_block(**arguments)
 
 
-@pytest.mark.parametrize(("rule", "batch"), [("exact", 400), ("block", 400), *((rule, 150) for rule in RULES[:2])])
+@pytest.mark.parametrize(("rule", "batch"), [("exact", 200), ("block", 200), *((rule, 100) for rule in RULES[:2])])
 def test_same_verdicts_as_cpp(rule: str, batch: int) -> None:
     """Each sequence has its own uniforms and length: one launch is hundreds of different blocks."""
     tokens, target, draft = blocks(batch, 4, 19, seed=5)
