@@ -177,14 +177,16 @@ def _figures(counts: Counts) -> Row:
     return {"asked": counts.asked, "launches": counts.launches, "host_reads": counts.host_reads}
 
 
-def sizes(quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield the sizes at which every op is counted."""
+def sizes(quick: bool, only: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the sizes at which every op is counted; ``only`` names one: rows, columns, dtype."""
     if quick:
         yield {"rows": 1, "vocabulary": 1000, "dtype": torch.float32, "width": 16, "slots": 16, "layers": 1}
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, vocabulary, width in ((1, 32000, 256), (4, 32000, 256), (1, 152064, 64)):
-            yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 1024, "layers": 28}
+            if only is None or list(only) == [str(rows), str(vocabulary), dtype_name(dtype)]:
+                size = {"rows": rows, "vocabulary": vocabulary, "dtype": dtype}
+                yield {**size, "width": width, "slots": 1024, "layers": 28}
 
 
 def met(row: Row) -> bool:
@@ -207,6 +209,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one tiny size: whether it runs")
+    parser.add_argument("--size", nargs=3, metavar=("ROWS", "COLUMNS", "DTYPE"), help="one of the sizes, not all")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the results here as well")
     arguments = parser.parse_args()
@@ -218,7 +221,7 @@ def main() -> None:
     peers: list[Row] = []
     start = time.monotonic()
     done: set[tuple[Any, ...]] = set()
-    for size in sizes(arguments.quick):
+    for size in sizes(arguments.quick, arguments.size):
         for problem in problems(**size):
             key = (problem.op, problem.label, problem.rows, problem.columns, problem.dtype)
             if problem.op not in arguments.ops or problem.op in missing or key in done:
