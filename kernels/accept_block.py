@@ -200,7 +200,7 @@ def prefix_kernel(
                 else:
                     passes &= p >= 1.0 / (1.0 + others) - slack
             tl.store(p_verdicts + i_row, argmax * 2 + passes.to(tl.int32))
-    if here:
+    if here:  # noqa: SIM102 (`and` would have every program arrive)
         if arrives_last(p_counters + rows, i_b, block + 1):
             o_k = tl.arange(0, BLOCK_K)
             m_k = o_k <= length
@@ -287,7 +287,7 @@ def weights_kernel(
             p_own = p_state + i_k + tl.where(of_draft, 2, 0) * (block + 1)
             tl.store(p_own, top.to(tl.float64))
             tl.store(p_own + block + 1, tl.sum(b_mass, 0))
-    if here:
+    if here:  # noqa: SIM102 (`and` would have every program arrive)
         if arrives_last(p_counters + rows, i_b, of_each):
             # ratio[k] = p(x)/q(x) of each drafted token, 0 for an impossible one
             o_k = tl.arange(0, BLOCK_K)
@@ -462,18 +462,18 @@ def residual_kernel(
             )
         token = tl.load(p_tokens + i_k.to(tl.int64) * token_stride)
         top_p, factor_p, top_q, factor_q = factors(p_state, i_k, block, CERTAIN)
-        # A longer prefix that has passed in the meantime leaves nothing to ask here.
-        if FIRST or tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg") <= i_k:
-            for i_tile in range(i_split, tiles, splits):
-                b_r = residual_tile(
-                    p_p, p_q, i_tile * TILE, columns, top_p, factor_p, top_q, factor_q, token, CERTAIN, TILE
-                )
-                tl.store(p_residuals + i_k.to(tl.int64) * tiles + i_tile, tl.sum(b_r, 0))
+        first = i_split
+        if not FIRST:  # a longer prefix that has passed in the meantime leaves nothing to ask here
+            best = tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg")
+            first = tl.where(best > i_k, tiles, i_split)
+        for i_tile in range(first, tiles, splits):
+            b_r = residual_tile(
+                p_p, p_q, i_tile * TILE, columns, top_p, factor_p, top_q, factor_q, token, CERTAIN, TILE
+            )
+            tl.store(p_residuals + i_k.to(tl.int64) * tiles + i_tile, tl.sum(b_r, 0))
         here = arrives_last(p_counters, i_program, splits)
         if here:
-            if RULE == "exact":
-                accepted = i_k
-            elif i_k == 0:
+            if RULE == "exact" or i_k == 0:
                 accepted = i_k
             else:
                 b_mass = residual_masses(p_residuals, i_k, tiles, RESIDUALS)
@@ -487,7 +487,7 @@ def residual_kernel(
         if accepted >= 0:
             tl.atomic_max(p_pending + 2 * i_b + 1, accepted)
         accepted = tl.full([], -1, tl.int32)
-        if here:
+        if here:  # noqa: SIM102
             if arrives_last(p_counters + batch * (block - 1), i_b, block - 1):
                 accepted = tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg")
 

@@ -93,7 +93,7 @@ def _kv_compact_kernel(
             p_head += (i_b * tl.load(p_row + 2) + i_head * tl.load(p_row + 3)) * VECTOR
             p_head = tl.multiple_of(p_head, UNIT)
             done = hole if LEFT else slots - 1 - hole  # kept slots on the near side of the tile
-            for step in range(0, tl.cdiv(last - first, BLOCK_T)):
+            for step in range(tl.cdiv(last - first, BLOCK_T)):
                 o_t = (first + step * BLOCK_T if LEFT else last - (step + 1) * BLOCK_T) + tl.arange(0, BLOCK_T)
                 moves = (o_t >= (hole if LEFT else 0)) & (o_t < last)
                 if MASK:

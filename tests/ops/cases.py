@@ -99,9 +99,10 @@ def backends_of(op: str) -> list[Backend]:
     return found
 
 
-def on_backends(op: str, *, native: bool = False) -> pytest.MarkDecorator:
-    """Run a test, or a module of them, once on every implementation of ``op``, or on the kernels alone."""
+def on_backends(op: str, *, native: bool = False, only: str | None = None) -> pytest.MarkDecorator:
+    """Run a test, or a module of them, once on every implementation of ``op``: on the kernels alone, or one backend."""
     chosen = [backend for backend in backends_of(op) if backend.native or not native]
+    chosen = [backend for backend in chosen if only is None or backend.name == only]
     return pytest.mark.parametrize("backend", chosen, ids=str, indirect=True)
 
 
