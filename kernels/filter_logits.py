@@ -185,6 +185,6 @@ def filter_logits(logits: Tensor, *settings: Any, out: tuple[Tensor] | None = No
         launch.splits,
         VEC=rows.vec,
         TILE=launch.tile,
-        num_warps=launch.warps,
+        **launch.options,
     )
     return result if out is None else out

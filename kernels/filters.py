@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ugsd_fast.kernels.rows import FIELDS, INFINITY, LARGEST, Plan, Rows, clean, exponents, flat, scratch
+from ugsd_fast.kernels.rows import FIELDS, INFINITY, LARGEST, Plan, Rows, clean, exponents, flat, registers, scratch
 
 GROUP = 128
 
@@ -258,10 +257,8 @@ class Filters(NamedTuple):
             "MIN_P": self.min_p,
             "GROUP": self.group(launch),
             "WORKSPACE": self.workspace(launch),
-            "num_warps": launch.warps,
         }
-        # ptxas would rather spill a few registers of the search than take more than 128.
-        return constants | {"maxnreg": 168} if any(self) and torch.version.hip is None else constants
+        return constants | launch.options | (registers(168) if any(self) else {})
 
 
 def filters_of(columns: int, settings: tuple[float | Tensor | None, ...]) -> Filters:

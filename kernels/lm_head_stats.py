@@ -25,6 +25,7 @@ from ugsd_fast.kernels.rows import (
     load_records,
     merge_records,
     octaves_of,
+    registers,
     row_offset,
     row_stats,
     scratch,
@@ -141,9 +142,7 @@ def lm_head_stats_kernel(
         for i in range(0, tl.minimum(rows - i_group * BLOCK_M, BLOCK_M)):
             i_row = i_group * BLOCK_M + i
             own = inverse_temperature(setting(p_temperatures, temperature, i_row, temperature_stride))
-            top, others, moment, second, argmax = merge_rows_records(
-                p_records, i_row, tiles, octaves_of(own), RECORDS
-            )
+            top, others, moment, second, argmax = merge_rows_records(p_records, i_row, tiles, octaves_of(own), RECORDS)
             stats = row_stats(top, others, moment, second, argmax, own)
             store_stats(p_logsumexp, p_entropy, p_max_logit, p_argmax, p_margin, i_row, stats)
 
@@ -200,5 +199,7 @@ def lm_head_stats(
         RECORDS=min(256, triton.next_power_of_2(tiles)),
         num_warps=4,
         num_stages=3,
+        enable_fp_fusion=True,
+        **registers(255),
     )
     return results

@@ -126,6 +126,6 @@ def logprob_rank(
         VEC=rows.vec,
         TILE=launch.tile,
         RECORDS=launch.records,
-        num_warps=launch.warps,
+        **launch.options,
     )
     return out

@@ -305,6 +305,11 @@ class Plan(NamedTuple):
     warps: int
     grid: tuple[int]
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Options of the launch. Triton versions differ in whether they fuse products and sums unasked."""
+        return {"num_warps": self.warps, "enable_fp_fusion": True}
+
 
 @cache
 def plan(rows: int, columns: int, multiprocessors: int, size: int = 4, narrow: bool = False) -> Plan:
@@ -329,6 +334,11 @@ def plan_of(rows: Rows, *, narrow: bool = False) -> Plan:
     """Return the launch over ``rows`` on their device."""
     tensor = rows.tensor
     return plan(rows.count, rows.columns, multiprocessors(tensor.device), tensor.element_size(), narrow)
+
+
+def registers(most: int) -> dict[str, int]:
+    """Return the option that lets a kernel take ``most`` registers a thread, where ptxas would rather spill a few."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 _scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}

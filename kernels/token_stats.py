@@ -94,6 +94,6 @@ def token_stats(
         VEC=rows.vec,
         TILE=launch.tile,
         RECORDS=launch.records,
-        num_warps=launch.warps,
+        **launch.options,
     )
     return results

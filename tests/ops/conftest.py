@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from bench.interpreter import quick_calls
 from tests.ops.cases import Backend
 from tests.ops.guard_zones import guard_zones
+from tests.ops.interpreted import chosen as interpreted
 
 settings.register_profile(
     "ops",
@@ -19,6 +21,12 @@ settings.register_profile(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under the interpreter, keep the tests of the kernels that it runs."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        items[:] = interpreted(items)
 
 
 @pytest.fixture(autouse=True)

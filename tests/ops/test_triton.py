@@ -1,0 +1,57 @@
+"""The Triton kernels under the interpreter, in a process of its own, and the draws that they share with the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops import cases
+from tests.ops.interpreted import ROWS
+from ugsd_fast import ops
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DRAWS = int(os.environ.get("UGSD_DRAWS", "1000"))
+"""Draws to compare with those of C++; 10,000 take two minutes."""
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the other tests under the interpreter")
+@pytest.mark.parametrize("files", [[*ROWS, "out", "triton"]], ids="-".join)
+def test_under_the_interpreter(files: list[str]) -> None:
+    paths = [str(HERE / f"test_{name}.py") for name in files]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "filters"),
+    [(1000, {}), (9000, {"temperature": 0.9}), (5000, {"top_k": 50, "top_p": 0.9, "min_p": 0.01})],
+    ids=["one-tile", "many-tiles", "filters"],
+)
+@cases.on_backends("sample", native=True)
+def test_draws_are_those_of_the_reference(vocabulary: int, filters: dict[str, float], backend: cases.Backend) -> None:
+    """99.9% of the tokens that the fastest CPU kernels draw, the others within rounding of a column's edge."""
+    draws = DRAWS // (10 if filters.get("top_k") else 2)
+    logits = cases.random_logits(draws, vocabulary, seed=vocabulary)
+    got = ops.sample(logits, seed=-3, offset=2**40 + 1, **filters)
+    with ops.use_backend("cpp" if cases.extension else "reference"):
+        expected = ops.sample(logits, seed=-3, offset=2**40 + 1, **filters)
+    same = got.tokens == expected.tokens
+    assert (~same).sum() <= draws // 1000
+    assert torch.equal(got.stats.argmax, expected.stats.argmax)
+    torch.testing.assert_close(got.logprob[same], expected.logprob[same], rtol=2e-6, atol=1e-6)
