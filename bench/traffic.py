@@ -1,7 +1,8 @@
 """Counts the memory traffic of the Triton kernels under the interpreter, and of what peers do instead.
 
 Run as ``python -m bench.traffic``. Nothing is timed: a count is the same on any machine. *Asked* is what the lanes of
-all loads, stores and atomics ask for; *sectors* is 32 bytes for each distinct 32-byte sector of each such instruction.
+all loads, stores and atomics ask for, one address once an instruction; *sectors* is 32 bytes for each distinct 32-byte
+sector of each such instruction.
 A peer's figure is the sum of what every aten operator reads and writes, so a lower bound: a sort or a multinomial is
 counted as one pass.
 """
@@ -72,6 +73,8 @@ class Counts:
     def access(self, kind: str, addresses: np.ndarray, size: int) -> None:
         if not len(addresses):
             return
+        if (addresses[1:] <= addresses[:-1]).any():
+            addresses = np.unique(addresses)
         self.asked += len(addresses) * size
         first, last = addresses >> SECTOR_BITS, (addresses + (size - 1)) >> SECTOR_BITS
         self.sectors += len(np.unique(np.concatenate([first, last]))) << SECTOR_BITS
@@ -247,12 +250,12 @@ def versions() -> Row:
 
 HOW = """\
 **How.** Each op runs once on the Triton backend under Triton's interpreter, and every load, store and atomic of every
-program is counted: *asked* is what its lanes ask for, *sectors* 32 bytes for each distinct 32-byte sector of one
-instruction. Both are divided by the bytes *needed*: each logit once; where a token is drawn, its block of 4096 columns
-and the rows of the residual again; where logits are filtered, a second time, since the cut is known only when the row
-has been read. *Once* divides by every byte that matters counted once, which a draw or a cut cannot reach. Launches
-count kernels of the op and of torch together; what a first call prepares for later ones (scratch, tables of addresses)
-is left out. `/` separates {dtypes}.
+program is counted: *asked* is what its lanes ask for, an address once; *sectors* 32 bytes for each distinct 32-byte
+sector of one instruction. Both are divided by the bytes *needed*: each logit once; where a token is drawn, its block of
+4096 columns and the rows of the residual again; where logits are filtered, a second time, since the cut is known only
+when the row has been read. *Once* divides by every byte that matters counted once, which a draw or a cut cannot reach.
+Launches count kernels of the op and of torch together; what a first call prepares for later ones (scratch, tables of
+addresses) is left out. `/` separates {dtypes}.
 A peer's bytes are the sum of what each aten operator reads and writes, so a lower bound: a sort or a multinomial counts
 as one pass. Logits are synthetic, shaped like a language model's; blocks have {block} tokens."""
 DTYPES = ("float32", "bfloat16", "float16")
