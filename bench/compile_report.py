@@ -296,7 +296,7 @@ def describe(row: Row) -> str:
 
 
 HOW = """\
-**How.** Triton: each distinct launch of each op (1 row of 152064 columns, 4 of 32000) is compiled with
+**How.** Triton: each distinct launch of each op ({sizes}) is compiled with
 the signature, constants, alignments and options that the launch itself gives. CUDA: `nvcc -O3` of `csrc/cuda`.
 Registers a thread, spills and shared memory are those of the machine code (`cuobjdump`; for AMD vector registers, as
 the assembly says). *Occupancy* is the share of a multiprocessor's warps that registers and shared memory allow to
@@ -311,7 +311,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def document(result: Row) -> str:
     """Return ``docs/compile.md``."""
-    rows = result["rows"]
+    rows, quick = result["rows"], result["quick"]
     targets = [target for target in TARGETS if any(row["target"] == target for row in rows)]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     wrong = [row for row in rows if faults(row)]
@@ -320,7 +320,7 @@ def document(result: Row) -> str:
         "",
         f"Written by `make bench` ({result['date']}, {versions}); the numbers are in `bench/results/compile.json`.",
         "",
-        HOW.format(dtypes=", ".join(DTYPES)),
+        HOW.format(dtypes=", ".join(DTYPES), sizes="1 row of 152064 columns" + ("" if quick else ", 4 of 32000")),
         "",
         f"{len(rows)} kernels for {', '.join(targets)}. Promised: no spills, at most {MOST_REGISTERS} registers "
         f"in {', '.join(f'`{op}`' for op in REDUCTIONS)}, and from sm_80 on streamed logits by 128-bit loads alone: "
@@ -416,6 +416,7 @@ def main() -> None:
             "schema": SCHEMA,
             "date": now(),
             "versions": versions(),
+            "quick": arguments.quick,
             "rows": rows,
             "missing": missing(arguments.ops),
         }

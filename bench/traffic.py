@@ -1,7 +1,8 @@
 """Counts the memory traffic of the Triton kernels under the interpreter, and of what peers do instead.
 
 Run as ``python -m bench.traffic``. Nothing is timed: a count is the same on any machine. *Asked* is what the lanes of
-all loads, stores and atomics ask for; *sectors* is 32 bytes for each distinct 32-byte sector of each such instruction.
+all loads, stores and atomics ask for, one address once an instruction; *sectors* is 32 bytes for each distinct 32-byte
+sector of each such instruction.
 A peer's figure is the sum of what every aten operator reads and writes, so a lower bound: a sort or a multinomial is
 counted as one pass.
 """
@@ -72,6 +73,8 @@ class Counts:
     def access(self, kind: str, addresses: np.ndarray, size: int) -> None:
         if not len(addresses):
             return
+        if (addresses[1:] <= addresses[:-1]).any():
+            addresses = np.unique(addresses)
         self.asked += len(addresses) * size
         first, last = addresses >> SECTOR_BITS, (addresses + (size - 1)) >> SECTOR_BITS
         self.sectors += len(np.unique(np.concatenate([first, last]))) << SECTOR_BITS
@@ -177,14 +180,16 @@ def _figures(counts: Counts) -> Row:
     return {"asked": counts.asked, "launches": counts.launches, "host_reads": counts.host_reads}
 
 
-def sizes(quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield the sizes at which every op is counted."""
+def sizes(quick: bool, only: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the sizes at which every op is counted; ``only`` names one: rows, columns, dtype."""
     if quick:
         yield {"rows": 1, "vocabulary": 1000, "dtype": torch.float32, "width": 16, "slots": 16, "layers": 1}
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, vocabulary, width in ((1, 32000, 256), (4, 32000, 256), (1, 152064, 64)):
-            yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 1024, "layers": 28}
+            if only is None or list(only) == [str(rows), str(vocabulary), dtype_name(dtype)]:
+                size = {"rows": rows, "vocabulary": vocabulary, "dtype": dtype}
+                yield {**size, "width": width, "slots": 1024, "layers": 28}
 
 
 def met(row: Row) -> bool:
@@ -207,6 +212,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one tiny size: whether it runs")
+    parser.add_argument("--size", nargs=3, metavar=("ROWS", "COLUMNS", "DTYPE"), help="one of the sizes, not all")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the results here as well")
     arguments = parser.parse_args()
@@ -218,7 +224,7 @@ def main() -> None:
     peers: list[Row] = []
     start = time.monotonic()
     done: set[tuple[Any, ...]] = set()
-    for size in sizes(arguments.quick):
+    for size in sizes(arguments.quick, arguments.size):
         for problem in problems(**size):
             key = (problem.op, problem.label, problem.rows, problem.columns, problem.dtype)
             if problem.op not in arguments.ops or problem.op in missing or key in done:
@@ -244,12 +250,12 @@ def versions() -> Row:
 
 HOW = """\
 **How.** Each op runs once on the Triton backend under Triton's interpreter, and every load, store and atomic of every
-program is counted: *asked* is what its lanes ask for, *sectors* 32 bytes for each distinct 32-byte sector of one
-instruction. Both are divided by the bytes *needed*: each logit once; where a token is drawn, its block of 4096 columns
-and the rows of the residual again; where logits are filtered, a second time, since the cut is known only when the row
-has been read. *Once* divides by every byte that matters counted once, which a draw or a cut cannot reach. Launches
-count kernels of the op and of torch together; what a first call prepares for later ones (scratch, tables of addresses)
-is left out. `/` separates {dtypes}.
+program is counted: *asked* is what its lanes ask for, an address once; *sectors* 32 bytes for each distinct 32-byte
+sector of one instruction. Both are divided by the bytes *needed*: each logit once; where a token is drawn, its block of
+4096 columns and the rows of the residual again; where logits are filtered, a second time, since the cut is known only
+when the row has been read. *Once* divides by every byte that matters counted once, which a draw or a cut cannot reach.
+Launches count kernels of the op and of torch together; what a first call prepares for later ones (scratch, tables of
+addresses) is left out. `/` separates {dtypes}.
 A peer's bytes are the sum of what each aten operator reads and writes, so a lower bound: a sort or a multinomial counts
 as one pass. Logits are synthetic, shaped like a language model's; blocks have {block} tokens."""
 DTYPES = ("float32", "bfloat16", "float16")

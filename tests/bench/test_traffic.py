@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from bench import traffic
+from bench import run, traffic
 from bench.problems import DRAW, problems, reread
 from ugsd_fast import ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def copy_kernel(p_from, p_to, p_count, columns, shift, BLOCK: tl.constexpr):
@@ -19,7 +26,7 @@ def copy_kernel(p_from, p_to, p_count, columns, shift, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
     tl.store(p_to + offsets, tl.load(p_from + shift + offsets, mask=inside), mask=inside)
-    tl.load(p_from)
+    tl.load(p_from + tl.arange(0, 8) * 0)  # eight lanes, one address
     tl.atomic_add(p_count, 1)
 
 
@@ -110,3 +117,44 @@ def test_rows_read_again(rule: str, carried: bool, kept: int, behind: int, rows:
     accept_prob = torch.tensor([[1.0] * kept + [0.5] * behind + [0.0] * (5 - kept - behind)])
     verdict = ops.Acceptance(torch.tensor([kept]), torch.tensor([0]), accept_prob)
     assert reread(arguments, verdict) == 2 * (rows * 8000 + draws * DRAW)
+
+
+OPS_JUDGED = ("token_stats", "logprob_rank", "sample", "accept_block")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The counts of a row of 32000 logits in bfloat16, whose records weigh most."""
+    output = tmp_path_factory.mktemp("traffic") / "traffic.json"
+    command = [sys.executable, "-m", "bench.traffic", "--size", "1", "32000", "bfloat16", "--json", str(output)]
+    subprocess.run([*command, "--ops", *OPS_JUDGED], cwd=ROOT, check=True)
+    return json.loads(output.read_text())
+
+
+def test_kernels_move_what_they_need(report: dict[str, Any]) -> None:
+    plain = [row for row in report["rows"] if row["op"] != "sample" or row["case"] == "plain"]
+    assert {row["op"] for row in plain} == set(OPS_JUDGED)
+    assert [traffic.describe(row) for row in plain if not traffic.met(row)] == []
+    assert all(row["host_reads"] == 0 for row in report["rows"])
+
+
+def test_document(report: dict[str, Any]) -> None:
+    text = traffic.document(report)
+    assert "## `accept_block`" in text
+    assert "transformers _speculative_sampling" in text
+    for block in text.split("\n\n"):
+        columns = {line.count("|") for line in block.splitlines() if line.startswith("|")}
+        assert len(columns) <= 1, "a table's lines have one number of columns"
+
+
+def test_reports_of_other_ops_are_kept(tmp_path: Path) -> None:
+    def result(*ops: str, versions: str = "one") -> dict[str, Any]:
+        rows = [{"op": op, "of": len(ops)} for op in ops]
+        return {"schema": 1, "versions": versions, "rows": rows, "peers": rows}
+
+    path = tmp_path / "traffic.json"
+    run.write(path, result("sample", "token_stats"))
+    merged = run.with_other_ops(result("sample"), path, ["sample"])
+    assert merged["rows"] == merged["peers"] == [{"op": "token_stats", "of": 2}, {"op": "sample", "of": 1}]
+    other = result("sample", versions="another")
+    assert run.with_other_ops(other, path, ["sample"]) == other
