@@ -46,6 +46,9 @@ class UGSDConfig:
         Of the counter-based uniforms: the same seed gives the same tokens on every backend.
     adaptive : {"fixed"}
         How the block length follows the acceptance.
+    graph : bool
+        Draft in a static cache, with a step that runs at fixed addresses: on a GPU it is captured once in a CUDA graph
+        and replayed. On other devices the same step runs uncaptured. Batches decode one by one.
     eos_token_id : int or sequence of int, optional
         Ends a caption; by default what the models' own generation configs name.
     on_verifier_failure : {"accept", "wait", "raise"}
@@ -81,6 +84,7 @@ class UGSDConfig:
     min_p: float = 0.0
     seed: int = 0
     adaptive: Literal["fixed"] = "fixed"
+    graph: bool = False
     eos_token_id: int | Sequence[int] | None = None
     on_verifier_failure: OnVerifierFailure = "accept"
 
@@ -99,6 +103,7 @@ class UGSDConfig:
         _require(self, "seed", _is_int(self.seed) and 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
         for name, kind in (("rule", Rule), ("gate", Gate), ("on_verifier_failure", OnVerifierFailure)):
             _require(self, name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
+        _require(self, "graph", isinstance(self.graph, bool), "True or False")
         _require(self, "adaptive", self.adaptive == "fixed", "'fixed'")
         if self.rule == "greedy" and self.temperature > 0:
             raise ValueError(

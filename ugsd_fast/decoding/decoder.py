@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ugsd_fast.audio import load_audio
 from ugsd_fast.decoding.config import UGSDConfig
+from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
@@ -65,6 +66,7 @@ class Decoder:
         self.draft = draft
         self.verifier = verifier
         self.config = config or UGSDConfig()
+        self._idle_graphs: list[DraftGraph] = []
 
     def generate(
         self,
@@ -136,12 +138,12 @@ class Decoder:
         if audio is not None:
             limits = [side.max_audio_seconds for side in (self.draft, self.verifier) if side is not None]
             audio = load_audio(audio, max_seconds=min((limit for limit in limits if limit is not None), default=None))
-        drafter = self._open_drafter(audio, prompt, inputs)
+        drafter = self._open_drafter(audio, prompt, inputs, max_new_tokens)
         session = self._open_verifier(audio, prompt, verifier_inputs)
         return self._events(drafter, session, max_new_tokens, started)
 
     def _events(
-        self, drafter: Drafter | None, session: VerifierSession | None, max_new_tokens: int, started: float
+        self, drafter: Drafter | DraftGraph | None, session: VerifierSession | None, max_new_tokens: int, started: float
     ) -> Iterator[StreamEvent]:
         trace, first_token = Trace(), 0.0
         tokens: list[int] = []
@@ -167,9 +169,11 @@ class Decoder:
         finally:
             if session is not None:
                 session.close()
+            if isinstance(drafter, DraftGraph):
+                self._idle_graphs.append(drafter)
 
     def _blocks(
-        self, drafter: Drafter | None, session: VerifierSession | None, max_new_tokens: int
+        self, drafter: Drafter | DraftGraph | None, session: VerifierSession | None, max_new_tokens: int
     ) -> Iterator[tuple[BlockRecord, bool]]:
         """The loop itself: blocks in order, each with whether it is the last."""
         config, eos = self.config, self.eos_token_ids
@@ -242,12 +246,17 @@ class Decoder:
     def _decode_text(self, tokens: Sequence[int]) -> str:
         return (self.draft or self.verifier).decode(tokens)  # type: ignore[union-attr]
 
-    def _open_drafter(self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None) -> Drafter | None:
+    def _open_drafter(
+        self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None, max_new_tokens: int
+    ) -> Drafter | DraftGraph | None:
         if self.draft is None:
             return None
         if audio is None and inputs is None:
             raise ValueError("Decoder: inputs is None, expected prepared inputs for the drafter beside verifier_inputs")
         prepared = dict(inputs) if inputs is not None else self.draft.prepare(audio, prompt)
+        if self.config.graph:
+            prepared = self.draft.to_device(prepared)
+            return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
         return Drafter(
             self.draft.open(prepared),
             self.config,
@@ -255,6 +264,16 @@ class Decoder:
             vocab_size=self.draft.vocab_size,
             device=self.draft.device,
         )
+
+    def _graph_of(self, capacity: int) -> DraftGraph:
+        """A draft graph that nobody uses and that holds as many tokens, the smallest there is."""
+        fitting = [graph for graph in self._idle_graphs if graph.capacity >= capacity]
+        if fitting:
+            graph = min(fitting, key=lambda graph: graph.capacity)
+            self._idle_graphs.remove(graph)
+            return graph
+        assert self.draft is not None
+        return DraftGraph(self.draft, self.config, eos_token_ids=self.eos_token_ids, capacity=capacity)
 
     def _open_verifier(
         self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None

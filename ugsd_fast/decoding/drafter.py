@@ -105,14 +105,17 @@ class Drafter:
         tokens, entropies, logits = [], [], []
         for _ in range(length):
             z = self._sequence.forward(self._pending, keep=1)[:, 0]  # [1, V]
-            token, entropy = self._draw(z)
+            token, entropy = draw(z, config, self._draws)
+            self._draws += 1
             self._pending = token[:, None].clamp(min=0)  # a row with nothing finite draws -1
             tokens.append(token)
             entropies.append(entropy)
             if config.rule in RULES_WITH_DRAFT_LOGITS:
                 logits.append(filter_logits(z, config))
         self._drafted = length
-        return self._gate(torch.stack(tokens, 1), torch.stack(entropies, 1), torch.stack(logits, 1) if logits else None)
+        drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)
+        record = gate(drafted, entropy, config, self._eos)
+        return block_of(record, drafted, torch.stack(logits, 1) if logits else None)
 
     def commit(self, num_accepted: int, next_token: int) -> None:
         """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none)."""
@@ -125,43 +128,48 @@ class Drafter:
             kept = torch.cat([kept, fed], dim=1)
         self._pending = kept
 
-    def _draw(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """One token [1] of the logits `z` [1, V], and their entropy [1]."""
-        config = self._config
-        if not config.temperature:
-            stats = ops.token_stats(z)
-            return stats.argmax, stats.entropy
-        self._draws += 1
-        drawn = ops.sample(
-            z,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            seed=config.seed,
-            offset=self._draws - 1,
-        )
-        return drawn.tokens, drawn.stats.entropy
 
-    def _gate(self, tokens: Tensor, entropy: Tensor, logits: Tensor | None) -> DraftBlock:
-        config = self._config
-        is_end = (tokens[..., None] == self._eos).any(-1)  # [1, K]
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
-        uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=config.entropy_threshold, reduce=config.gate)
-        # One copy to the host a block; float64 holds token ids exactly.
-        scalars = torch.stack([lengths.double(), uncertainty.double(), escalate.double()], 1)
-        host = torch.cat([scalars, tokens.double(), entropy.double()], 1)[0].tolist()
-        length, width = int(host[0]), tokens.shape[1]
-        if min(host[3 : 3 + length]) < 0:
-            raise ModelError("Drafter: the model's logits have no finite value, expected a next token")
-        return DraftBlock(
-            tokens=tokens[:, :length],
-            logits=None if logits is None else logits[:, :length],
-            token_ids=tuple(int(token) for token in host[3 : 3 + length]),
-            entropy=tuple(host[3 + width : 3 + width + length]),
-            uncertainty=host[1],
-            escalate=bool(host[2]),
-        )
+def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:
+    """One token [1] of the logits `z` [1, V], and their entropy [1]; `offset` counts the draws."""
+    if not config.temperature:
+        stats = ops.token_stats(z)
+        return stats.argmax, stats.entropy
+    drawn = ops.sample(
+        z,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        seed=config.seed,
+        offset=offset,
+    )
+    return drawn.tokens, drawn.stats.entropy
+
+
+def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor) -> Tensor:
+    """What the host has to know of a drafted block [1, K], in one tensor: the argument of `block_of`."""
+    is_end = (tokens[..., None] == eos).any(-1)  # [1, K]
+    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+    uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=config.entropy_threshold, reduce=config.gate)
+    # float64 holds token ids exactly.
+    scalars = torch.stack([lengths.double(), uncertainty.double(), escalate.double()], 1)
+    return torch.cat([scalars, tokens.double(), entropy.double()], 1)
+
+
+def block_of(record: Tensor, tokens: Tensor, logits: Tensor | None) -> DraftBlock:
+    """The block that `gate` recorded: the one copy to the host that a block takes."""
+    host = record[0].tolist()
+    length, width = int(host[0]), tokens.shape[1]
+    if min(host[3 : 3 + length]) < 0:
+        raise ModelError("Drafter: the model's logits have no finite value, expected a next token")
+    return DraftBlock(
+        tokens=tokens[:, :length],
+        logits=None if logits is None else logits[:, :length],
+        token_ids=tuple(int(token) for token in host[3 : 3 + length]),
+        entropy=tuple(host[3 + width : 3 + width + length]),
+        uncertainty=host[1],
+        escalate=bool(host[2]),
+    )
 
 
 def filter_logits(logits: Tensor, config: UGSDConfig) -> Tensor:

@@ -73,7 +73,7 @@ class CachedSequence:
             ids = torch.cat([audio.pop("input_ids"), tokens], dim=1)
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
-        with _last_logits(self._model, keep if first else 0) as extra:
+        with last_logits(self._model, keep if first else 0) as extra:
             logits = self._model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids) if first and self._mask is None else self._mask,
@@ -105,7 +105,7 @@ class CachedSequence:
 
 
 @contextmanager
-def _last_logits(model: Any, keep: int) -> Iterator[dict[str, int]]:
+def last_logits(model: Any, keep: int) -> Iterator[dict[str, int]]:
     """Have the next forward compute the logits of the last `keep` positions only (0 = all).
 
     A prompt of a thousand positions times 152064 columns is 600 MB of logits that nobody reads. Families whose forward

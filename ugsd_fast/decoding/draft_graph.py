@@ -1,0 +1,152 @@
+"""The draft step at fixed addresses: a CUDA graph replays it on a GPU, and the drafter never waits within a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ugsd_fast.decoding.config import UGSDConfig
+from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, block_of, draw, filter_logits, gate
+from ugsd_fast.models import AudioLM
+from ugsd_fast.models.static_sequence import StaticSequence
+
+_CAPACITY_STEP = 256  # tokens: requests of about the same length share a cache
+
+
+class Replayed:
+    """A call on fixed tensors: made as it is the first time, then captured in a CUDA graph and replayed.
+
+    On other devices than a GPU it is always made as it is.
+    """
+
+    def __init__(self, call: Callable[[], Tensor | None], device: torch.device):
+        self._call = call
+        self._device = device
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self) -> Tensor | None:
+        if self._device.type != "cuda":
+            return self._call()
+        if not self._warm:  # libraries set themselves up in the first call, which a capture would not allow
+            self._warm = True
+            side, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                result = self._call()
+            current.wait_stream(side)
+            return result
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._result = self._call()
+            self._graph = graph
+        self._graph.replay()
+        return self._result
+
+
+class DraftGraph:
+    """Drafts the continuation of one request after another in one static cache; takes the place of a `Drafter`.
+
+    A step is a forward pass, a draw and the notes of both; the gate closes the block. All of it stays on the device,
+    and a block takes one copy to the host, whatever its length.
+
+    Parameters
+    ----------
+    model : AudioLM
+        The edge model.
+    config : UGSDConfig
+        Sampling, gate and threshold.
+    eos_token_ids : frozenset of int
+        Tokens that end a caption.
+    capacity : int
+        Tokens that prompt and caption may have together.
+    """
+
+    def __init__(self, model: AudioLM, config: UGSDConfig, *, eos_token_ids: frozenset[int], capacity: int):
+        device, width = model.device, config.block_size
+        self.capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        self._config = config
+        self._last_token = model.vocab_size - 1
+        self._sequence = StaticSequence(model.model, self.capacity)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
+        self._fed = torch.zeros(1, 2, dtype=torch.long, device=device)  # what the next step appends: the last, or both
+        self._feeds = 0  # of them; 0: the prompt comes first
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._draws = torch.zeros(1, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(1, width, dtype=torch.long, device=device)
+        self._entropy = torch.zeros(1, width, dtype=torch.float32, device=device)
+        self._logits: Tensor | None = None  # [1, K, V], made by the first step where the rule wants them
+        self._inputs: Mapping[str, Tensor] = {}
+        self._drafted = 0
+        self._steps = {feeds: Replayed(lambda feeds=feeds: self._step(feeds), device) for feeds in (1, 2)}
+        self._gates: dict[int, Replayed] = {}
+        self._device = device
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the current request."""
+        return self._sequence.forwards
+
+    def start(self, inputs: Mapping[str, Tensor]) -> DraftGraph:
+        """Begin a request on prepared inputs of the edge model; the last one is forgotten."""
+        self._inputs = inputs
+        self._feeds = 0
+        self._draws.zero_()
+        return self
+
+    @torch.inference_mode()
+    def draft(self, length: int) -> DraftBlock:
+        """Draft `length` tokens, at most ``config.block_size``, in as many forward passes."""
+        self._slot.zero_()
+        if not self._feeds:
+            self._take(self._sequence.prefill(self._inputs)[:, 0])
+            self._inputs = {}
+        else:
+            self._run(self._feeds)
+        for _ in range(length - 1):
+            self._run(1)
+        self._drafted = length
+        if length not in self._gates:
+            self._gates[length] = Replayed(
+                lambda: gate(self._tokens[:, :length], self._entropy[:, :length], self._config, self._eos), self._device
+            )
+        record = self._gates[length]()
+        assert record is not None
+        logits = None if self._logits is None else self._logits[:, :length].clone()
+        return block_of(record, self._tokens[:, :length].clone(), logits)
+
+    @torch.inference_mode()
+    def commit(self, num_accepted: int, next_token: int) -> None:
+        """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none)."""
+        cached = self._drafted - 1
+        if num_accepted < cached:
+            self._sequence.rollback(cached - num_accepted)
+        self._feeds = max(num_accepted - cached, 0) + (next_token >= 0)
+        if next_token >= 0:
+            self._fed[:, 0] = self._fed[:, 1]
+            self._fed[:, 1] = min(next_token, self._last_token)
+
+    def _run(self, feeds: int) -> None:
+        self._steps[feeds]()
+        self._sequence.appended(feeds)
+
+    def _step(self, feeds: int) -> None:
+        self._take(self._sequence.forward(self._fed[:, 2 - feeds :])[:, 0])
+
+    def _take(self, z: Tensor) -> None:
+        """Draw from the logits `z` [1, V], note token and entropy in the next slot, and feed the token."""
+        token, entropy = draw(z, self._config, self._draws)
+        self._draws.add_(1)
+        self._fed[:, 1] = token.clamp(min=0)  # a row with nothing finite draws -1
+        self._tokens.index_copy_(1, self._slot, token[:, None])
+        self._entropy.index_copy_(1, self._slot, entropy[:, None])
+        if self._config.rule in RULES_WITH_DRAFT_LOGITS:
+            filtered = filter_logits(z, self._config)
+            if self._logits is None:
+                self._logits = filtered.new_zeros(1, self._config.block_size, filtered.shape[-1])
+            self._logits.index_copy_(1, self._slot, filtered[:, None])
+        self._slot.add_(1)

@@ -1,0 +1,105 @@
+"""One request at a time in a cache of fixed size and address: forwards that a CUDA graph can replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from ugsd_fast.errors import ModelError
+from ugsd_fast.models.sequence import last_logits
+
+
+class StaticSequence:
+    """A static key/value cache, and the forward passes that fill it for one request after another.
+
+    Where tokens go and which positions they have is kept on the device, so that the same calls, replayed, append the
+    next tokens.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only audio-language model in eval mode.
+    capacity : int
+        Tokens that the cache holds, prompt included.
+
+    Attributes
+    ----------
+    length : int
+        Tokens in the cache, as far as `prefill`, `appended` and `rollback` have said.
+    forwards : int
+        Forward passes of the current request.
+    """
+
+    def __init__(self, model: Any, capacity: int):
+        self._model = model
+        self.capacity = capacity
+        self._cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=capacity)
+        self._position = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # of the next token
+        self.length = 0
+        self.forwards = 0
+
+    @torch.inference_mode()
+    def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Forget the last request, run the prompt of the next and return the logits [1, 1, V] of its last position.
+
+        Raises
+        ------
+        ModelError
+            If the prompt is padded, is not of one row, or does not fit.
+        """
+        prompt = dict(inputs)
+        mask = prompt.pop("attention_mask", None)
+        ids = prompt.pop("input_ids")
+        if ids.shape[0] != 1 or (mask is not None and not bool(mask.all())):
+            raise ModelError(
+                f"StaticSequence: input_ids has shape {tuple(ids.shape)} or padding, expected one whole row"
+            )
+        if ids.shape[1] > self.capacity:
+            raise ModelError(f"StaticSequence: the prompt has {ids.shape[1]} tokens, expected at most {self.capacity}")
+        self._cache.reset()
+        self._position.zero_()
+        with last_logits(self._model, 1) as extra:
+            logits = self._forward(ids, attention_mask=torch.ones_like(ids), **prompt, **extra)
+        for index, layer in enumerate(self._cache.layers):
+            if type(layer).__name__ != "StaticLayer":
+                raise ModelError(
+                    f"StaticSequence: layer {index} is a {type(layer).__name__}, expected a StaticLayer "
+                    "(others cannot take rejected tokens back at a fixed address)"
+                )
+        self.length, self.forwards = ids.shape[1], 1
+        return logits[:, -1:]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Append tokens [1, q] and return the logits [1, 1, V] of the last: device work only, fit for a graph.
+
+        Whoever calls or replays it says so by `appended`.
+        """
+        return self._forward(tokens, attention_mask=None)[:, -1:]
+
+    def appended(self, count: int) -> None:
+        """Count one forward pass over `count` tokens."""
+        self.length += count
+        self.forwards += 1
+
+    def rollback(self, rejected: int) -> None:
+        """Forget the newest `rejected` tokens: counters go back, nothing moves."""
+        for layer in self._cache.layers:
+            layer.cumulative_length.sub_(rejected)
+        self._position.sub_(rejected)
+        self.length -= rejected
+
+    def _forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        logits = self._model(
+            input_ids=tokens,
+            position_ids=self._position + steps,
+            past_key_values=self._cache,
+            use_cache=True,
+            **inputs,
+        ).logits
+        self._position.add_(tokens.shape[1])
+        return logits
