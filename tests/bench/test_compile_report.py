@@ -237,7 +237,7 @@ def test_faults_are_named() -> None:
         "loads": {"128": 1},
         "spills": 0,
     }
-    fine = {**row, "stack": 0, "registers": 128, "wide_share": 1.0}
+    fine = {**row, "case": "plain", "stack": 0, "registers": 128, "wide_share": 1.0}
     assert compile_report.faults(fine) == []
     assert compile_report.faults({**fine, "registers": 129}) == ["129 registers"]
     assert compile_report.faults({**fine, "spills": 2}) == ["2 spills, 0 bytes of stack"]
