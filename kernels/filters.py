@@ -1,15 +1,15 @@
-"""Top-k, top-p and min-p as one threshold on the logit, for `filter_logits` and `sample`: columns at or over it stay.
+"""Top-k, top-p and min-p as one threshold on the logit, for `filter_logits` and `sample`: what is under it goes.
 
-No sort, and few columns read twice. The pass that reads the row keeps the maximum of each group of 128 columns. The k-th
-largest of those is a bound under which no survivor of top-k lies; columns under (1 - p) / V of the mass cannot, all
-together, hold what top-p cuts. Only groups that reach the bound are read again. They are searched by bisection of the
-bit patterns, which order like the numbers: while more columns are in question than a tile holds, one pass over the
-groups halves the interval; the last pass writes the columns in question side by side, and the rest happens in registers.
+No sort, and few columns read twice. The pass that reads the row keeps the maximum of each group of 128 columns. The
+k-th largest of those is a bound under which no survivor of top-k lies; columns under (1 - p) / V of the mass cannot,
+all together, hold what top-p cuts. Only groups that reach the bound are read again. They are searched by bisection of
+the bit patterns, which order like the numbers: while more columns are in question than a tile holds, one pass over the
+groups halves the interval; the last one writes the columns in question side by side, and the rest happens in registers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -41,7 +41,7 @@ def middle(low, high):
 
 @triton.jit
 def bisect(b_z, b_weight, above, target, low, high):
-    """Return the key of the lowest of the largest logits that together weigh ``target``, from ``low`` on, under ``high``.
+    """Return the key, from ``low`` on and under ``high``, of the lowest of the largest logits that weigh ``target``.
 
     ``above`` is the weight at or over ``high``, which falls short; that of ``low`` is known to suffice. Both ends close
     on logits that are there: as many steps as a search among those takes, not one a bit.
@@ -123,7 +123,7 @@ def select(
     while searching:
         mid = middle(low, high)
         found = tl.full((), 0, tl.int32)
-        upper, weight = found, above * 0.0
+        weight = above * 0.0
         for first in range(0, listed, TILE // GROUP):
             b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
             m_in = (b_z >= value_of(low)) & (b_z < value_of(high))
@@ -162,7 +162,7 @@ def sum_groups(
     """Return the masses, float64 ``[RECORDS]``, of the columns at or over ``threshold`` by tile of listed groups."""
     o_t = tl.arange(0, RECORDS)
     b_mass = tl.zeros((RECORDS,), tl.float64)
-    for i_tile in range(0, tl.cdiv(listed, TILE // GROUP)):
+    for i_tile in range(tl.cdiv(listed, TILE // GROUP)):
         b_z = load_groups(p_row, p_work, i_tile * (TILE // GROUP), listed, columns, TILE, GROUP, GROUPS)
         b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
         b_mass = tl.where(o_t == i_tile, tl.sum(b_e, 0).to(tl.float64), b_mass)
@@ -261,7 +261,7 @@ class Filters(NamedTuple):
         return constants | launch.options | (registers(168) if any(self) else {})
 
 
-def filters_of(columns: int, settings: tuple[float | Tensor | None, ...]) -> Filters:
+def filters_of(columns: int, settings: tuple[Any, ...]) -> Filters:
     """Return the filters among ``(temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps)``."""
     _, _, top_k, top_ks, top_p, top_ps, min_p, min_ps = settings
     return Filters(
@@ -269,6 +269,6 @@ def filters_of(columns: int, settings: tuple[float | Tensor | None, ...]) -> Fil
     )
 
 
-def with_strides(settings: tuple[float | Tensor | None, ...]) -> list[float | Tensor | None]:
+def with_strides(settings: tuple[Any, ...]) -> list[Any]:
     """Return pairs of a number and a tensor a row as kernels take them: number, tensor, stride."""
     return [x for number, rows in zip(settings[::2], settings[1::2]) for x in (number, *flat(rows))]

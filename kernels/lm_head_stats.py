@@ -139,7 +139,7 @@ def lm_head_stats_kernel(
         scale = inverse_temperature(tl.load(p_temperatures + o_m * temperature_stride, mask=m_m, other=1.0))
     store_records(p_records, o_m, m_m, i_tile, tiles, b_z, octaves_of(scale), BLOCK_V)
     if arrives_last(p_counter, i_group, tiles):
-        for i in range(0, tl.minimum(rows - i_group * BLOCK_M, BLOCK_M)):
+        for i in range(tl.minimum(rows - i_group * BLOCK_M, BLOCK_M)):
             i_row = i_group * BLOCK_M + i
             own = inverse_temperature(setting(p_temperatures, temperature, i_row, temperature_stride))
             top, others, moment, second, argmax = merge_rows_records(p_records, i_row, tiles, octaves_of(own), RECORDS)

@@ -1,4 +1,4 @@
-"""What the kernels over rows of logits share: addressing, partial statistics and their merge, uniforms, draws, launches.
+"""What the kernels over rows of logits share: addressing, partial statistics and their merge, draws, launches.
 
 A row is read in tiles. A tile keeps five numbers, its *record*: the largest logit, Σe and Σy·e of the other columns
 (y = log2 e the octaves under the largest, MATH.md), the second largest and the first column of the largest. Records
@@ -94,7 +94,7 @@ def tile_record(b_z, begin, octaves, TILE: tl.constexpr):
 
 @triton.jit
 def store_record(p_records, i_row, i_tile, tiles, top, others, moment, second, argmax):
-    """Write a tile's record to ``records[row, tile, FIELDS]``: one sector of 32 bytes, of which five numbers are used."""
+    """Write a tile's record to ``records[row, tile, FIELDS]``: a sector of 32 bytes, five numbers of it used."""
     p_record = p_records + (i_row.to(tl.int64) * tiles + i_tile) * FIELDS
     tl.store(p_record, top)
     tl.store(p_record + 1, others)
@@ -250,7 +250,7 @@ class Rows(NamedTuple):
     """
 
     tensor: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
     columns: int
     inner: int
     stride_outer: int
@@ -313,7 +313,7 @@ class Plan(NamedTuple):
 
 @cache
 def plan(rows: int, columns: int, multiprocessors: int, size: int = 4, narrow: bool = False) -> Plan:
-    """Return the launch of a kernel that reads ``rows`` of elements of ``size`` bytes once; ``narrow`` tiles at will."""
+    """Return the launch of a kernel that reads ``rows`` of ``size``-byte elements once, in ``narrow`` tiles or not."""
     # A record written and read is 2% of 1024 columns of two bytes: too much but for a single row.
     width = TILES[-1] if size == 4 or rows == 1 else TILES[-2]
     if not narrow:

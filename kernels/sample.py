@@ -1,4 +1,4 @@
-"""sample: one token a row from softmax(filter(z / T)), with the row's statistics (MATH.md: the hierarchical inverse CDF).
+"""sample: one token a row from softmax(filter(z / T)), with its statistics (MATH.md: the hierarchical inverse CDF).
 
 One launch. Bytes moved: each logit once, the tile that holds the draw once more, and where a row is split, 20 written
 and 20 read a tile. Filters add 4 written and 4 read a group of 128 columns, and read the groups that reach their bounds

@@ -5,7 +5,6 @@ One launch. Bytes moved: each logit once, and where a row is split, 20 written a
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
