@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA_TARGETS = {f"sm_{capability}": capability for capability in assembly.MULTIPROCESSORS}
 AMD_TARGETS = ("gfx90a", "gfx942")
 TARGETS = (*CUDA_TARGETS, *AMD_TARGETS)
+LANGUAGES = ("Triton", "CUDA")
 STREAMED = ("logits", "target_logits", "draft_logits", "weight")
 """Arguments that are read in tiles, whose loads must be wide."""
 
@@ -260,13 +261,13 @@ def sizes(quick: bool) -> Iterator[dict[str, Any]]:
             yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 64, "layers": 2}
 
 
-def run(targets: Sequence[str], wanted: Sequence[str], quick: bool) -> list[Row]:
+def run(targets: Sequence[str], wanted: Sequence[str], languages: Sequence[str], quick: bool) -> list[Row]:
     """Compile the distinct launches of the ops and the CUDA sources of their names on each target, and print them."""
     device = torch.device("cpu")
     launches: dict[str, dict[str, Launch]] = {target: {} for target in targets}
     for size in sizes(quick):
         for problem in problems(**size):
-            if problem.op in wanted and "triton" in ops.backends()[problem.op]:
+            if "Triton" in languages and problem.op in wanted and "triton" in ops.backends()[problem.op]:
                 arguments = problem.make(device).arguments
                 for target in targets:
                     for launch in launches_of(problem, arguments, target):
@@ -276,7 +277,7 @@ def run(targets: Sequence[str], wanted: Sequence[str], quick: bool) -> list[Row]
         for launch in launches[target].values():
             rows.append(compiled(launch, target))
             print(describe(rows[-1]), flush=True)
-        if target in CUDA_TARGETS and nvcc.missing() is None:
+        if "CUDA" in languages and target in CUDA_TARGETS and nvcc.missing() is None:
             for source in sorted(nvcc.SOURCES.glob("*.cu")):
                 if source.stem in wanted:
                     found = nvcc.compiled(source, CUDA_TARGETS[target])
@@ -332,7 +333,7 @@ def document(result: Row) -> str:
         *(f"- {row['target']} `{row['kernel']}` {row['dtype'] or ''}: {'; '.join(faults(row))}" for row in wrong),
         *([""] if wrong else []),
     ]
-    for language in ("Triton", "CUDA"):
+    for language in LANGUAGES:
         chosen = [row for row in rows if row["language"] == language]
         if chosen:
             lines += [f"## {language}", "", *_kernels_table(chosen, targets), ""]
@@ -396,6 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one row only")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES, metavar="LANGUAGE")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; 0: this one")
     parser.add_argument(
@@ -409,9 +411,10 @@ def main() -> None:
     start = time.monotonic()
     if arguments.jobs:
         options = [*(["--quick"] if arguments.quick else []), "--ops", *arguments.ops]
+        options += ["--languages", *arguments.languages]
         rows = in_processes(arguments.targets, options, arguments.jobs)
     else:
-        rows = run(arguments.targets, arguments.ops, arguments.quick)
+        rows = run(arguments.targets, arguments.ops, arguments.languages, arguments.quick)
     wrong = [row for row in rows if faults(row)]
     print(f"== {len(rows)} kernels, {len(wrong)} wrong; {time.monotonic() - start:.0f} s")
     if arguments.json:
