@@ -283,7 +283,8 @@ def amd_figures(text: str, shared: int, warps: int) -> dict[str, float]:
     waves = min(number(r"; Occupancy: (\d+)"), blocks * warps / AMD_SIMDS)
     return {
         "registers": number(r"\.vgpr_count:\s+(\d+)"),
-        "spills": number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)"),
+        "spills": number(r"\.vgpr_spill_count:\s+(\d+)"),
+        "scalar_spills": number(r"\.sgpr_spill_count:\s+(\d+)"),  # into lanes of vector registers, not to memory
         "stack": number(r"; ScratchSize: (\d+)"),
         "occupancy": waves / AMD_WAVES,
     }

@@ -62,13 +62,13 @@ def watch(watcher: Watcher) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(patch.object(GridExecutor, "__call__", launch))
         patches.enter_context(patch.object(InterpreterBuilder, "set_grid_dim", grid))
-        for method, *how in (
-            ("create_masked_load", LOAD, 0, 1),
-            ("create_masked_store", STORE, 0, 2),
-            ("create_atomic_rmw", ATOMIC, 1, 3),
-            ("create_atomic_cas", ATOMIC, 0, None),
+        for method, call in (
+            ("create_masked_load", watched("create_masked_load", LOAD, 0, 1)),
+            ("create_masked_store", watched("create_masked_store", STORE, 0, 2)),
+            ("create_atomic_rmw", watched("create_atomic_rmw", ATOMIC, 1, 3)),
+            ("create_atomic_cas", watched("create_atomic_cas", ATOMIC, 0, None)),
         ):
-            patches.enter_context(patch.object(InterpreterBuilder, method, watched(method, *how)))
+            patches.enter_context(patch.object(InterpreterBuilder, method, call))
         yield
 
 

@@ -110,7 +110,7 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
     drawn = min(DRAW, vocabulary) * dtype.itemsize
 
     def problem(op: str, label: str, make: Callable[[torch.device], Built], **more: Any) -> Problem:
-        sized = {"rows": rows, "columns": vocabulary, "dtype": dtype} | more
+        sized: dict[str, Any] = {"rows": rows, "columns": vocabulary, "dtype": dtype} | more
         return Problem(op, label, make=make, **sized)
 
     def make_stats(device: torch.device) -> Built:

@@ -189,8 +189,8 @@ def test_nvcc_output_is_read() -> None:
 def compiled(output: Path, *options: str) -> dict[str, Any]:
     """A report, made in a process where triton compiles, whatever it does in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile_report", "--quick", "--jobs", "0", "--json", str(output), *options]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    command = [sys.executable, "-m", "bench.compile_report", "--quick", "--jobs", "0", "--languages", "Triton"]
+    subprocess.run([*command, "--json", str(output), *options], cwd=ROOT, env=environment, check=True)
     return json.loads(output.read_text())
 
 
@@ -237,7 +237,7 @@ def test_faults_are_named() -> None:
         "loads": {"128": 1},
         "spills": 0,
     }
-    fine = {**row, "stack": 0, "registers": 128, "wide_share": 1.0}
+    fine = {**row, "case": "plain", "stack": 0, "registers": 128, "wide_share": 1.0}
     assert compile_report.faults(fine) == []
     assert compile_report.faults({**fine, "registers": 129}) == ["129 registers"]
     assert compile_report.faults({**fine, "spills": 2}) == ["2 spills, 0 bytes of stack"]
