@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
   __threadfence();
 
   const RowSums sums = merge_pieces<Sums::kMoment, false>(pieces, count, octaves);
+  if (draws && threadIdx.x == 0) store_stats(sums, scale, args.out, r);
   const RowFilter filter(args.filters, r, columns);
   const bool filtered = args.temperature[r] > 0 && !sums.empty() && filter.any();
   RowSelection<T> selection(row, columns, pieces, sums, scale, scratch);
@@ -62,7 +63,6 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
     for (float& x : e) x = selection.mass_over(x, threshold);
   });
   if (lane() != 0) return;
-  store_stats(sums, scale, args.out, r);
   args.tokens[r] = token;
   const double s = (static_cast<double>(logit(row, token)) - sums.max) * scale;
   args.logprob[r] = static_cast<float>(s - log(drawn.total));
