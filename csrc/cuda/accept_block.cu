@@ -41,9 +41,7 @@ struct Softmax {
 };
 
 __device__ inline float logit_at(const Rows& rows, int64_t r, int64_t column) {
-  return with_type(rows.dtype, [&](auto zero) {
-    return logit(rows.row<Pointee<decltype(zero)>>(r), column);
-  });
+  return with_type(rows.dtype, [&](auto zero) { return logit(rows.row<Pointee<decltype(zero)>>(r), column); });
 }
 
 // One of the columns of a row of any type.
@@ -147,19 +145,21 @@ class Sequence {
 
   // The residual mass of a piece at the position that the sequence waits for.
   __device__ void sum_residual(int piece) const {
-    with_residual([&](const auto& residual, const auto& split) {
-      float sum = 0;
+    with_residual(
+        [&](const auto& residual, const auto& split) {
+          float sum = 0;
 #pragma unroll 4
-      for (int i = 0; i < split.kSteps; ++i) {
-        if (!split.has(i)) continue;
-        float e[kPiece / split.kSteps / kLanes];
-        residual(split.column(i), e);
-        for (const float x : e) sum += x;
-      }
-      sum = sum_lanes(sum);
-      if (lane() == 0) masses()[piece] = sum;
-      return 0;
-    }, piece);
+          for (int i = 0; i < split.kSteps; ++i) {
+            if (!split.has(i)) continue;
+            float e[kPiece / split.kSteps / kLanes];
+            residual(split.column(i), e);
+            for (const float x : e) sum += x;
+          }
+          sum = sum_lanes(sum);
+          if (lane() == 0) masses()[piece] = sum;
+          return 0;
+        },
+        piece);
   }
 
   // What follows from the residual's masses: the next token, or another position to look at.
@@ -376,7 +376,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scan_kerne
 
 // A warp a piece of the position that each sequence waits for. `leftward`: a block a sequence, which goes on with the
 // positions to the left of a failure for as long as there are failures.
-__global__ void __launch_bounds__(kResidualThreads, 1) residual_kernel(AcceptBlockArgs args, Space space, bool leftward) {
+__global__ void __launch_bounds__(kResidualThreads, 1)
+    residual_kernel(AcceptBlockArgs args, Space space, bool leftward) {
   const int count = pieces_of(args.target.columns), warp = static_cast<int>(threadIdx.x) / kLanes;
   const int64_t b = leftward ? blockIdx.x : warp_number() / count;
   if (b >= args.batch) return;
@@ -438,9 +439,9 @@ void accept_block(const AcceptBlockArgs& args, const Launch& on) {
   const Space space = cut(args, sums_draft, on.workspace(args.batch * (2 * args.block + 2), bytes), &bytes);
   const int64_t pieces = pieces_of(args.target.columns);
   const int64_t rows = args.block + 1 + (sums_draft ? args.block : 0);
-  const auto scan = draws                                                            ? scan_kernel<Sums::kMass, false>
+  const auto scan = draws                                                        ? scan_kernel<Sums::kMass, false>
                     : args.rule == Rule::kTypical || args.rule == Rule::kRelaxed ? scan_kernel<Sums::kMoment, true>
-                                                                                     : scan_kernel<Sums::kNone, true>;
+                                                                                 : scan_kernel<Sums::kNone, true>;
   launch_warps(scan, on, args.batch * rows * pieces, args, space);
   if (draws && args.block > 0) launch_warps(residual_kernel, on, args.batch * pieces, args, space, false);
   if (args.rule == Rule::kBlock && args.block > 0)

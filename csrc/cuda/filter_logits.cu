@@ -1,7 +1,6 @@
 // filter_logits in two launches: the thresholds, then the write. The first is the filtered draw of `sample` too.
-#include "ugsd/cuda/filter_logits.h"
-
 #include "ugsd/cuda/draw.h"
+#include "ugsd/cuda/filter_logits.h"
 #include "ugsd/cuda/filters.h"
 #include "ugsd/cuda/kernels.h"
 
@@ -69,7 +68,8 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) write_kernel(FilterLogitsArgs args, const Bound* bounds) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    write_kernel(FilterLogitsArgs args, const Bound* bounds) {
   const int64_t columns = args.logits.columns;
   const int count = pieces_of(columns);
   const int64_t warp = warp_number(), r = warp / count;
@@ -113,7 +113,8 @@ void filter_logits(const FilterLogitsArgs& args, const Launch& on) {
     const int64_t bytes = warps * sizeof(PieceStats);
     const Workspace space = on.workspace(rows, bytes + rows * sizeof(Bound));
     bounds = reinterpret_cast<Bound*>(space.bytes + bytes);
-    select_rows({args.logits, args.temperature, args.filters, {}, {}, nullptr, nullptr, {}, 0}, false, bounds, space, on);
+    select_rows({args.logits, args.temperature, args.filters, {}, {}, nullptr, nullptr, {}, 0}, false, bounds, space,
+                on);
   }
   with_dtype(args.logits.dtype,
              [&](auto zero) { launch_warps(write_kernel<decltype(zero)>, on, warps, args, bounds); });

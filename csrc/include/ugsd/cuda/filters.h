@@ -85,8 +85,7 @@ class RowSelection {
   __device__ void each_mass(float threshold, const F& f) const {
     for (int j = static_cast<int>(threadIdx.x) / kLanes; j < count_; j += kFilterWarps) {
       float mass = 0;
-      if (pieces_[j].max >= threshold)
-        Piece<T>(row_, columns_, j).backwards([&](float x, int) { mass += mass_over(x, threshold); });
+      if (pieces_[j].max >= threshold) each_in_piece(j, [&](float x) { mass += mass_over(x, threshold); });
       f(j, mass);
     }
   }
@@ -99,13 +98,26 @@ class RowSelection {
  private:
   static constexpr float kUnit = 0x1p40f;  // of fixed-point masses, 1 at most: 2^24 columns fit
 
+  template <class F>
+  __device__ void each_in_piece(int j, const F& f) const {
+    const Split<T> split(columns_, j);
+#pragma unroll 2
+    for (int i = 0; i < Split<T>::kSteps; ++i) {
+      if (!split.has(i)) continue;
+      float x[kWidth<T>];
+      load(row_, split.columns, split.column(i), x);
+#pragma unroll
+      for (int k = 0; k < kWidth<T>; ++k) f(x[k]);
+    }
+  }
+
   // Calls f(x) for the columns of this thread that are at or over the bound and not masked.
   template <class F>
   __device__ void each_over(float bound, const F& f) const {
     bound = fmaxf(bound, -kLargest);
     for (int j = static_cast<int>(threadIdx.x) / kLanes; j < count_; j += kFilterWarps) {
       if (!(pieces_[j].max >= bound)) continue;
-      Piece<T>(row_, columns_, j).backwards([&](float x, int) {
+      each_in_piece(j, [&](float x) {
         x = cleaned(x);
         if (x >= bound) f(x);
       });
@@ -148,7 +160,8 @@ class RowSelection {
     return scratch_.above;
   }
 
-  // The lowest of the largest logits over the bound whose number, or mass, is `target`; the lowest of all if it is less.
+  // The lowest of the largest logits over the bound whose number, or mass, is `target`; the lowest of all if it is
+  // less.
   __device__ float select(float bound, double target, bool by_mass) {
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -1,8 +1,8 @@
 // A piece of a row: 1024 columns at most, all read at once by one warp, 16 bytes a lane in turn.
 //
 // Which lane takes a column depends on the column alone, so that a row's results have the same bits wherever it lies.
-// Where rows do not start at a boundary of 16 bytes, a lane's 16 bytes are cut out of two aligned ones. Only the ends of
-// a row are read column by column: nothing outside it is ever touched.
+// Where rows do not start at a boundary of 16 bytes, a lane's 16 bytes are cut out of two aligned ones. Only the ends
+// of a row are read column by column: nothing outside it is ever touched.
 #pragma once
 
 #include "ugsd/cuda/device.h"
