@@ -11,7 +11,7 @@
 namespace ugsd::cuda {
 namespace {
 
-constexpr int kResidualWarps = 16;
+constexpr int kResidualWarps = 8;
 constexpr int kResidualThreads = kResidualWarps * kLanes;
 
 // The residual that a sequence waits for: of max(0, weight p - q) at a position; -1 where it waits for none.
@@ -148,7 +148,7 @@ class Sequence {
     with_residual(
         [&](const auto& residual, const auto& split) {
           float sum = 0;
-#pragma unroll 4
+#pragma unroll 2
           for (int i = 0; i < split.kSteps; ++i) {
             if (!split.has(i)) continue;
             float e[kPiece / split.kSteps / kLanes];
