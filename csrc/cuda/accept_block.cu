@@ -11,7 +11,7 @@
 namespace ugsd::cuda {
 namespace {
 
-constexpr int kResidualWarps = 16;
+constexpr int kResidualWarps = 8;
 constexpr int kResidualThreads = kResidualWarps * kLanes;
 
 // The residual that a sequence waits for: of max(0, weight p - q) at a position; -1 where it waits for none.
@@ -41,9 +41,14 @@ struct Softmax {
 };
 
 __device__ inline float logit_at(const Rows& rows, int64_t r, int64_t column) {
-  return with_type(rows.dtype, [&](auto zero) {
-    return logit(rows.row<Pointee<decltype(zero)>>(r), column);
-  });
+  return with_type(rows.dtype, [&](auto zero) { return logit(rows.row<Pointee<decltype(zero)>>(r), column); });
+}
+
+// One of the columns of a row of any type.
+__device__ inline float element(const void* row, DType dtype, int column) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[column];
+  const float16 stored = static_cast<const float16*>(row)[column];
+  return dtype == DType::kFloat16 ? to_float(stored) : to_float(bfloat16{stored.bits});
 }
 
 // Float32 probabilities of a row times a weight.
@@ -70,8 +75,8 @@ struct Residual {
   int columns;
   const P* row;
   Probability p;
-  DType dtype;
-  const void* draft_row;  // null: a certain drafter
+  DType own_dtype, dtype;  // of the verifier's logits, of the drafter's
+  const void* draft_row;   // null: a certain drafter
   Probability q;
   int64_t token;
 
@@ -79,8 +84,13 @@ struct Residual {
   __device__ void operator()(int column, float (&e)[kColumns]) const {
     load(row, columns, column, e);
     float z[kColumns];
-    if (draft_row)
-      with_type(dtype, [&](auto zero) { load(static_cast<decltype(zero)>(draft_row), columns, column, z); });
+    if (dtype == own_dtype) {
+      if (draft_row) load(static_cast<const P*>(draft_row), columns, column, z);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k)
+        z[k] = draft_row && column + k < columns ? element(draft_row, dtype, column + k) : -kInfinity;
+    }
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       e[k] = p(e[k]);
@@ -135,19 +145,21 @@ class Sequence {
 
   // The residual mass of a piece at the position that the sequence waits for.
   __device__ void sum_residual(int piece) const {
-    with_residual([&](const auto& residual, const auto& split) {
-      float sum = 0;
+    with_residual(
+        [&](const auto& residual, const auto& split) {
+          float sum = 0;
 #pragma unroll 2
-      for (int i = 0; i < split.kSteps; ++i) {
-        if (!split.has(i)) continue;
-        float e[kPiece / split.kSteps / kLanes];
-        residual(split.column(i), e);
-        for (const float x : e) sum += x;
-      }
-      sum = sum_lanes(sum);
-      if (lane() == 0) masses()[piece] = sum;
-      return 0;
-    }, piece);
+          for (int i = 0; i < split.kSteps; ++i) {
+            if (!split.has(i)) continue;
+            float e[kPiece / split.kSteps / kLanes];
+            residual(split.column(i), e);
+            for (const float x : e) sum += x;
+          }
+          sum = sum_lanes(sum);
+          if (lane() == 0) masses()[piece] = sum;
+          return 0;
+        },
+        piece);
   }
 
   // What follows from the residual's masses: the next token, or another position to look at.
@@ -306,7 +318,7 @@ class Sequence {
       using P = Pointee<decltype(zero)>;
       const P* row = args_.target.row<P>(r);
       const Split<P> split(columns_, piece);
-      return f(Residual<P>{split.columns, row, p, draft.dtype, draft_row, q, token(i)}, split);
+      return f(Residual<P>{split.columns, row, p, args_.target.dtype, draft.dtype, draft_row, q, token(i)}, split);
     });
   }
 
@@ -356,30 +368,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scan_kerne
   } else if (i > 0 || j > 0) {
     return;
   }
-  if (args.rule == Rule::kExact || args.rule == Rule::kBlock)
+  if constexpr (kSums == Sums::kMass)
     sequence.judge_sampling();
   else
     sequence.judge_prefix();
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) residual_kernel(AcceptBlockArgs args, Space space) {
-  const int count = pieces_of(args.target.columns);
-  const int64_t warp = warp_number(), b = warp / count;
-  if (b >= args.batch) return;
-  Sequence sequence(args, space, b);
-  if (sequence.pending().position < 0) return;
-  sequence.sum_residual(static_cast<int>(warp % count));
-  if (last_to_arrive(space.sequences_done + b, count)) sequence.judge_residual();
-}
-
-// The positions to the left of a failure, for as long as there are failures.
-__global__ void __launch_bounds__(kResidualThreads, 1) leftward_kernel(AcceptBlockArgs args, Space space) {
+// A warp a piece of the position that each sequence waits for. `leftward`: a block a sequence, which goes on with the
+// positions to the left of a failure for as long as there are failures.
+__global__ void __launch_bounds__(kResidualThreads, 1)
+    residual_kernel(AcceptBlockArgs args, Space space, bool leftward) {
   const int count = pieces_of(args.target.columns), warp = static_cast<int>(threadIdx.x) / kLanes;
-  Sequence sequence(args, space, blockIdx.x);
+  const int64_t b = leftward ? blockIdx.x : warp_number() / count;
+  if (b >= args.batch) return;
+  const int first = leftward ? warp : static_cast<int>(warp_number() % count), step = leftward ? kResidualWarps : count;
+  Sequence sequence(args, space, b);
   while (sequence.pending().position >= 0) {
-    for (int j = warp; j < count; j += kResidualWarps) sequence.sum_residual(j);
-    __syncthreads();
-    if (warp == 0) sequence.judge_residual();
+    for (int j = first; j < count; j += step) sequence.sum_residual(j);
+    if (leftward) __syncthreads();
+    if (leftward ? warp == 0 : last_to_arrive(space.sequences_done + b, count)) sequence.judge_residual();
+    if (!leftward) return;
     __syncthreads();
   }
 }
@@ -431,13 +439,13 @@ void accept_block(const AcceptBlockArgs& args, const Launch& on) {
   const Space space = cut(args, sums_draft, on.workspace(args.batch * (2 * args.block + 2), bytes), &bytes);
   const int64_t pieces = pieces_of(args.target.columns);
   const int64_t rows = args.block + 1 + (sums_draft ? args.block : 0);
-  const auto scan = draws                                                            ? scan_kernel<Sums::kMass, false>
+  const auto scan = draws                                                        ? scan_kernel<Sums::kMass, false>
                     : args.rule == Rule::kTypical || args.rule == Rule::kRelaxed ? scan_kernel<Sums::kMoment, true>
-                                                                                     : scan_kernel<Sums::kNone, true>;
+                                                                                 : scan_kernel<Sums::kNone, true>;
   launch_warps(scan, on, args.batch * rows * pieces, args, space);
-  if (draws && args.block > 0) launch_warps(residual_kernel, on, args.batch * pieces, args, space);
+  if (draws && args.block > 0) launch_warps(residual_kernel, on, args.batch * pieces, args, space, false);
   if (args.rule == Rule::kBlock && args.block > 0)
-    launch(leftward_kernel, on, args.batch * kResidualThreads, kResidualThreads, args, space);
+    launch(residual_kernel, on, args.batch * kResidualThreads, kResidualThreads, args, space, true);
 }
 
 }  // namespace ugsd::cuda

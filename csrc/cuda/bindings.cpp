@@ -1,5 +1,5 @@
-// ugsd_fast._cuda: the ops on CUDA tensors that the Python side has checked, results included; None stands for an absent
-// one. Calls enqueue and return.
+// ugsd_fast._cuda: the ops on CUDA tensors that the Python side has checked, results included; None stands for an
+// absent one. Calls enqueue and return.
 #include <pybind11/pybind11.h>
 
 #include "../arguments.h"
@@ -109,9 +109,9 @@ PyObject* sample(Arguments& in) {
   const auto seed = in.per_row<int64_t>(), offset = in.per_row<int64_t>();
   const cuda::Launch on = launch(in);
   Results<7> out(in.object());
-  cuda::sample({logits, temperature, settings, seed, offset, out.data<int64_t>(0), out.data<float>(1),
-                stats_out(out, 2), 0},
-               on);
+  cuda::sample(
+      {logits, temperature, settings, seed, offset, out.data<int64_t>(0), out.data<float>(1), stats_out(out, 2), 0},
+      on);
   return out.release();
 }
 

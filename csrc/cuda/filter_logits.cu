@@ -1,7 +1,6 @@
 // filter_logits in two launches: the thresholds, then the write. The first is the filtered draw of `sample` too.
-#include "ugsd/cuda/filter_logits.h"
-
 #include "ugsd/cuda/draw.h"
+#include "ugsd/cuda/filter_logits.h"
 #include "ugsd/cuda/filters.h"
 #include "ugsd/cuda/kernels.h"
 
@@ -36,6 +35,7 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
   __threadfence();
 
   const RowSums sums = merge_pieces<Sums::kMoment, false>(pieces, count, octaves);
+  if (draws && threadIdx.x == 0) store_stats(sums, scale, args.out, r);
   const RowFilter filter(args.filters, r, columns);
   const bool filtered = args.temperature[r] > 0 && !sums.empty() && filter.any();
   RowSelection<T> selection(row, columns, pieces, sums, scale, scratch);
@@ -62,14 +62,14 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
     for (float& x : e) x = selection.mass_over(x, threshold);
   });
   if (lane() != 0) return;
-  store_stats(sums, scale, args.out, r);
   args.tokens[r] = token;
   const double s = (static_cast<double>(logit(row, token)) - sums.max) * scale;
   args.logprob[r] = static_cast<float>(s - log(drawn.total));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) write_kernel(FilterLogitsArgs args, const Bound* bounds) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    write_kernel(FilterLogitsArgs args, const Bound* bounds) {
   const int64_t columns = args.logits.columns;
   const int count = pieces_of(columns);
   const int64_t warp = warp_number(), r = warp / count;
@@ -113,7 +113,8 @@ void filter_logits(const FilterLogitsArgs& args, const Launch& on) {
     const int64_t bytes = warps * sizeof(PieceStats);
     const Workspace space = on.workspace(rows, bytes + rows * sizeof(Bound));
     bounds = reinterpret_cast<Bound*>(space.bytes + bytes);
-    select_rows({args.logits, args.temperature, args.filters, {}, {}, nullptr, nullptr, {}, 0}, false, bounds, space, on);
+    select_rows({args.logits, args.temperature, args.filters, {}, {}, nullptr, nullptr, {}, 0}, false, bounds, space,
+                on);
   }
   with_dtype(args.logits.dtype,
              [&](auto zero) { launch_warps(write_kernel<decltype(zero)>, on, warps, args, bounds); });

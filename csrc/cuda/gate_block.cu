@@ -1,8 +1,7 @@
 // gate_block: a thread a block.
-#include "ugsd/gate_block.h"
-
 #include "ugsd/cuda/device.h"
 #include "ugsd/cuda/kernels.h"
+#include "ugsd/gate_block.h"
 
 namespace ugsd::cuda {
 namespace {

@@ -1,7 +1,8 @@
 // kv_compact in one launch over all layers: a warp a head of a sequence, pointers and layouts passed by value.
 //
 // A lane reads and writes the same bytes of every slot, and slots move against the direction in which it walks: no slot
-// is written over before it has been read, and nobody waits for anybody. Slots that stay where they are are not touched.
+// is written over before it has been read, and nobody waits for anybody. Slots that stay where they are are not
+// touched.
 #include "ugsd/cuda/device.h"
 #include "ugsd/cuda/kernels.h"
 

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (lane() == 0) pieces[warp] = stats;
   if (!last_to_arrive(counters + r, count)) return;
   const RowSums sums = merge_pieces<Sums::kMoment, false>(pieces + r * count, count, octaves);
+  if (lane() == 0) store_stats(sums, scale, args.out, r);
   draw_row(args, r, row, pieces + r * count, sums, scale);
 }
 

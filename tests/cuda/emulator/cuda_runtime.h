@@ -1,8 +1,8 @@
 // Stands in for CUDA's header, so that csrc/cuda/*.cu compile as plain C++ and their kernels run on the host.
 //
-// Every thread of a block is a fibre; a warp's lanes run up to their next collective, in changing order, then all go on.
-// Blocks run one after another in a shuffled order. What a GPU would not forgive ends the process with a message: lanes
-// of a warp at different collectives, or a warp that ends while others wait for it.
+// Every thread of a block is a fibre; a warp's lanes run up to their next collective, in changing order, then all go
+// on. Blocks run one after another in a shuffled order. What a GPU would not forgive ends the process with a message:
+// lanes of a warp at different collectives, or a warp that ends while others wait for it.
 #pragma once
 
 #include <sys/mman.h>
@@ -103,8 +103,8 @@ inline char* stacks(size_t count) {
   static size_t made = 0;
   if (count > made) {
     if (memory) munmap(memory, made * kStackBytes);
-    memory = static_cast<char*>(mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    memory = static_cast<char*>(
+        mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (memory == MAP_FAILED) fail("no memory for stacks");
     made = count;
   }
@@ -129,7 +129,8 @@ inline void step_warp(size_t first, bool forward) {
   }
   const Wait what = fibres[first].wait;
   for (size_t t = first; t < first + kLanes; ++t)
-    if (fibres[t].wait != what || fibres[t].round != fibres[first].round) fail("lanes of a warp diverge at a collective");
+    if (fibres[t].wait != what || fibres[t].round != fibres[first].round)
+      fail("lanes of a warp diverge at a collective");
   if (what == Wait::kBlock || what == Wait::kForever) return;
   for (size_t t = first; t < first + kLanes; ++t) fibres[t].wait = Wait::kNothing;
 }

@@ -6,7 +6,7 @@
 
 namespace ugsd::cuda {
 
-// Stores the row's statistics, its token and that one's log-probability.
+// Stores the row's token and its log-probability.
 template <class T>
 __device__ void draw_row(const SampleArgs& args, int64_t r, const T* row, const PieceStats* pieces, const RowSums& sums,
                          float scale) {
@@ -18,7 +18,6 @@ __device__ void draw_row(const SampleArgs& args, int64_t r, const T* row, const 
     s = (static_cast<double>(logit(row, token)) - sums.max) * scale;
   }
   if (lane() != 0) return;
-  store_stats(sums, scale, args.out, r);
   args.tokens[r] = token;
   args.logprob[r] = sums.empty() ? -kInfinity : static_cast<float>(s - log1p(sums.mass));
 }

@@ -53,20 +53,23 @@ class RowSelection {
   __device__ float threshold(const RowFilter& filter) {
     if (sums_.empty()) return -kInfinity;
     float threshold = -kInfinity;
-    if (filter.top_k > 0)
-      threshold = select(bound_of_top(filter.top_k), static_cast<double>(filter.top_k), [](float) { return 1ull; });
-    if (filter.top_p < 1) {
-      const auto mass = [&](float x) { return static_cast<unsigned long long>(exponential_(x) * kUnit + 0.5f); };
-      double total = (1 + sums_.mass) * kUnit;
+    // One loop for both, so that the selection is compiled once.
+#pragma unroll 1
+    for (int by_mass = 0; by_mass < 2; ++by_mass) {
+      if (by_mass ? !(filter.top_p < 1) : filter.top_k <= 0) continue;
       float bound = threshold;
-      if (filter.top_k > 0) {
-        total = static_cast<double>(total_of(threshold, mass));
+      double target = static_cast<double>(filter.top_k);
+      if (!by_mass) {
+        bound = bound_of_top(filter.top_k);
+      } else if (filter.top_k > 0) {
+        target = static_cast<double>(filter.top_p) * static_cast<double>(total_of(threshold));
       } else {
         // Columns under this could all go without cutting 1 - p of the mass; a digit is left for rounding.
         const double share = 0.99 * (1.0 - static_cast<double>(filter.top_p)) / static_cast<double>(columns_);
         bound = fminf(static_cast<float>(sums_.max + log(share * (1 + sums_.mass)) / scale_), sums_.max);
+        target = static_cast<double>(filter.top_p) * (1 + sums_.mass) * kUnit;
       }
-      threshold = fmaxf(threshold, select(bound, static_cast<double>(filter.top_p) * total, mass));
+      threshold = fmaxf(threshold, select(bound, target, by_mass));
     }
     if (filter.min_p > 0) {
       const double exact = sums_.max + log(static_cast<double>(filter.min_p)) / scale_;
@@ -82,8 +85,7 @@ class RowSelection {
   __device__ void each_mass(float threshold, const F& f) const {
     for (int j = static_cast<int>(threadIdx.x) / kLanes; j < count_; j += kFilterWarps) {
       float mass = 0;
-      if (pieces_[j].max >= threshold)
-        Piece<T>(row_, columns_, j).backwards([&](float x, int) { mass += mass_over(x, threshold); });
+      if (pieces_[j].max >= threshold) each_in_piece(j, [&](float x) { mass += mass_over(x, threshold); });
       f(j, mass);
     }
   }
@@ -96,13 +98,26 @@ class RowSelection {
  private:
   static constexpr float kUnit = 0x1p40f;  // of fixed-point masses, 1 at most: 2^24 columns fit
 
+  template <class F>
+  __device__ void each_in_piece(int j, const F& f) const {
+    const Split<T> split(columns_, j);
+#pragma unroll 2
+    for (int i = 0; i < Split<T>::kSteps; ++i) {
+      if (!split.has(i)) continue;
+      float x[kWidth<T>];
+      load(row_, split.columns, split.column(i), x);
+#pragma unroll
+      for (int k = 0; k < kWidth<T>; ++k) f(x[k]);
+    }
+  }
+
   // Calls f(x) for the columns of this thread that are at or over the bound and not masked.
   template <class F>
   __device__ void each_over(float bound, const F& f) const {
     bound = fmaxf(bound, -kLargest);
     for (int j = static_cast<int>(threadIdx.x) / kLanes; j < count_; j += kFilterWarps) {
       if (!(pieces_[j].max >= bound)) continue;
-      Piece<T>(row_, columns_, j).backwards([&](float x, int) {
+      each_in_piece(j, [&](float x) {
         x = cleaned(x);
         if (x >= bound) f(x);
       });
@@ -129,21 +144,25 @@ class RowSelection {
     return scratch_.bound;
   }
 
-  template <class Weight>
-  __device__ unsigned long long total_of(float bound, const Weight& weight) {
+  // In fixed point.
+  __device__ unsigned long long mass_of(float x) const {
+    return static_cast<unsigned long long>(exponential_(x) * kUnit + 0.5f);
+  }
+
+  __device__ unsigned long long total_of(float bound) {
     if (threadIdx.x == 0) scratch_.above = 0;
     __syncthreads();
     unsigned long long sum = 0;
-    each_over(bound, [&](float x) { sum += weight(x); });
+    each_over(bound, [&](float x) { sum += mass_of(x); });
     sum = sum_lanes(sum);
     if (lane() == 0 && sum > 0) atomicAdd(&scratch_.above, sum);
     __syncthreads();
     return scratch_.above;
   }
 
-  // The lowest of the largest logits over the bound that together weigh `target`; the lowest of all if they do not.
-  template <class Weight>
-  __device__ float select(float bound, double target, const Weight& weight) {
+  // The lowest of the largest logits over the bound whose number, or mass, is `target`; the lowest of all if it is
+  // less.
+  __device__ float select(float bound, double target, bool by_mass) {
     __syncthreads();
     if (threadIdx.x == 0) {
       scratch_.above = 0;
@@ -157,8 +176,8 @@ class RowSelection {
         const unsigned order = order_of(x);
         if (known > 0 && order >> (32 - known) != prefix) return;
         const int bin = static_cast<int>(order >> shift) & (kBins - 1);
-        const unsigned long long w = weight(x);
-        if (w > 0) atomicAdd(&scratch_.bins[place_of(bin)], w);
+        const unsigned long long weight = by_mass ? mass_of(x) : 1;
+        if (weight > 0) atomicAdd(&scratch_.bins[place_of(bin)], weight);
       });
       __syncthreads();
       const int bits = 32 - shift - known;

@@ -1,8 +1,8 @@
 // A piece of a row: 1024 columns at most, all read at once by one warp, 16 bytes a lane in turn.
 //
 // Which lane takes a column depends on the column alone, so that a row's results have the same bits wherever it lies.
-// Where rows do not start at a boundary of 16 bytes, a lane's 16 bytes are cut out of two aligned ones. Only the ends of
-// a row are read column by column: nothing outside it is ever touched.
+// Where rows do not start at a boundary of 16 bytes, a lane's 16 bytes are cut out of two aligned ones. Only the ends
+// of a row are read column by column: nothing outside it is ever touched.
 #pragma once
 
 #include "ugsd/cuda/device.h"
@@ -24,11 +24,13 @@ __device__ bool is_whole(const T* row, int columns, int column) {
 }
 
 template <class T>
-__device__ uint4 load_whole(const T* row, int column) {
-  const int past = misalignment(row);
-  const char* start = reinterpret_cast<const char*>(row + column);
-  if (past == 0) return *reinterpret_cast<const uint4*>(start);
-  const uint4* chunks = reinterpret_cast<const uint4*>(start - past);
+__device__ uint4 load_aligned(const T* row, int column) {
+  return *reinterpret_cast<const uint4*>(row + column);
+}
+
+template <class T>
+__device__ uint4 load_misaligned(const T* row, int column, int past) {
+  const uint4* chunks = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + column) - past);
   const uint4 a = chunks[0], b = chunks[1];
   unsigned words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -69,22 +71,18 @@ __device__ uint4 load_edge(const T* row, int columns, int column) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Some columns in a row, masked past its end. The first is a multiple of how many they are.
-template <int kColumns, class T>
-__device__ void load(const T* row, int columns, int column, float (&x)[kColumns]) {
-  if constexpr (kColumns % kWidth<T> == 0) {
-#pragma unroll
-    for (int i = 0; i < kColumns; i += kWidth<T>) {
-      const bool whole = is_whole(row, columns, column + i);
-      float part[kWidth<T>];
-      unpack(whole ? load_whole(row, column + i) : load_edge(row, columns, column + i), part, T{});
-#pragma unroll
-      for (int k = 0; k < kWidth<T>; ++k) x[i + k] = part[k];
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kColumns; ++k) x[k] = column + k < columns ? to_float(row[column + k]) : -kInfinity;
-  }
+// The vector of columns that starts at a multiple of its width, masked past the row's end.
+template <class T>
+__device__ void load(const T* row, int columns, int column, float (&x)[kWidth<T>]) {
+  const int past = misalignment(row);
+  uint4 vector;
+  if (!is_whole(row, columns, column))
+    vector = load_edge(row, columns, column);
+  else if (past == 0)
+    vector = load_aligned(row, column);
+  else
+    vector = load_misaligned(row, column, past);
+  unpack(vector, x, T{});
 }
 
 // Writes those of the columns that are in the row.
@@ -121,9 +119,16 @@ class Piece {
  public:
   __device__ Piece(const T* row, int64_t columns, int64_t piece) : split_(columns, piece) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      vectors_[i] = masked_vector<T>();
-      if (is_whole(row, split_.columns, split_.column(i))) vectors_[i] = load_whole(row, split_.column(i));
+    for (int i = 0; i < kSteps; ++i) vectors_[i] = masked_vector<T>();
+    const int past = misalignment(row);
+    if (past == 0) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+        if (is_whole(row, split_.columns, split_.column(i))) vectors_[i] = load_aligned(row, split_.column(i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+        if (is_whole(row, split_.columns, split_.column(i))) vectors_[i] = load_misaligned(row, split_.column(i), past);
     }
     // At most the first vector and the last two are not whole.
     const int last = (min(split_.columns - split_.first, kPiece) - 1) / kWidth<T>;

@@ -105,8 +105,7 @@ __device__ RowSums merge_pieces(const PieceStats* pieces, int count, float octav
     row.argmax = -1;
     return row;
   }
-  if (kSums == Sums::kNone) return row;
-  for (int j = lane(); j < count; j += kLanes) {
+  for (int j = lane(); kSums != Sums::kNone && j < count; j += kLanes) {
     const PieceStats& piece = pieces[j];
     if (!(piece.max > -kInfinity)) continue;
     const double weight = weight_of(piece.max, row.max, octaves);
