@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ugsd_fast.cache import enable_rollback, rollback
+from ugsd_fast.errors import ModelError
+from ugsd_fast.models.families import Family
 
 
 class CachedSequence:
@@ -25,6 +27,8 @@ class CachedSequence:
     inputs : mapping of str to Tensor
         Model inputs of the prompt: ``input_ids`` [B, P], optionally ``attention_mask`` [B, P] (left-padded), and the
         audio tensors. These are given to the first forward only, so an audio tower runs once a request.
+    family : Family, optional
+        Quirks of the model's family.
 
     Attributes
     ----------
@@ -39,9 +43,13 @@ class CachedSequence:
     the next request would find it.
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor], family: Family | None = None):
         self._model = model
         self._prompt = dict(inputs)
+        self._hears = family is not None and family.audio in inputs
+        self._first_kwargs = family.forward_kwargs if family is not None and self._hears else {}
+        self._toggles_adapter = family is not None and family.toggles_adapter
+        self._rope_switch = family.rope_switch(model.config) if family is not None else None
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         mask = self._prompt.pop("attention_mask", None)
         # [B, T] where rows are padded; without padding no step needs a mask.
@@ -69,11 +77,14 @@ class CachedSequence:
         keep = tokens.shape[1] + first if keep is None else keep
         ids, audio = tokens, {}
         if first:
-            audio = self._prompt
+            audio = {**self._prompt, **self._first_kwargs}
             ids = torch.cat([audio.pop("input_ids"), tokens], dim=1)
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
-        with _last_logits(self._model, keep if first else 0) as extra:
+        self._check_rope(ids.shape[1])
+        if self._toggles_adapter and getattr(self._model, "_hf_peft_config_loaded", False):
+            (self._model.enable_adapters if self._hears else self._model.disable_adapters)()
+        with last_logits(self._model, keep if first else 0) as extra:
             logits = self._model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids) if first and self._mask is None else self._mask,
@@ -84,7 +95,7 @@ class CachedSequence:
                 **extra,
             ).logits
         if first:
-            audio.clear()
+            self._prompt.clear()
             enable_rollback(self._cache)
         self.length += ids.shape[1]
         self.forwards += 1
@@ -97,6 +108,14 @@ class CachedSequence:
         if self._mask is not None:
             self._mask = self._mask[:, : self.length]
 
+    def _check_rope(self, appended: int) -> None:
+        switch = self._rope_switch
+        if switch is not None and 0 < self.length <= switch < self.length + appended:
+            raise ModelError(
+                f"{type(self._model).__name__}: the sequence grows from {self.length} to {self.length + appended} "
+                f"tokens, expected at most {switch} (beyond, the rotary frequencies of cached tokens change)"
+            )
+
     def _position_ids(self, ids: Tensor) -> Tensor:
         if self._mask is not None:
             return (self._mask.cumsum(-1) - 1).clamp_(min=0)[:, self.length :]
@@ -105,7 +124,7 @@ class CachedSequence:
 
 
 @contextmanager
-def _last_logits(model: Any, keep: int) -> Iterator[dict[str, int]]:
+def last_logits(model: Any, keep: int) -> Iterator[dict[str, int]]:
     """Have the next forward compute the logits of the last `keep` positions only (0 = all).
 
     A prompt of a thousand positions times 152064 columns is 600 MB of logits that nobody reads. Families whose forward
