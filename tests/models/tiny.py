@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -85,8 +86,8 @@ def _qwen3_asr() -> Any:
             "encoder_ffn_dim": 32,
             "output_dim": _WIDTH,
             "downsample_hidden_size": 4,
-            "n_window": 8,
-            "n_window_infer": 32,
+            "n_window": 50,  # transformers counts on 13 tokens a window
+            "n_window_infer": 200,
             "initializer_range": _SPREAD,
         },
         audio_token_id=AUDIO_ID,
@@ -94,8 +95,7 @@ def _qwen3_asr() -> Any:
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    # Windows of 16 frames give 2 tokens each, the rest of 7 frames one.
-    return config, _mel(5, 48, valid=39)
+    return config, _mel(18, 200, valid=139)  # a window of 100 frames gives 13 tokens, the other 39 frames 5
 
 
 def _voxtral() -> Any:
@@ -225,17 +225,17 @@ def _gemma3n() -> Any:
             **_TEXT,
             **_LAYERS,
             "intermediate_size": [32] * 4,
-            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "vocab_size_per_layer_input": 84,
             "hidden_size_per_layer_input": 8,
             "altup_num_inputs": 2,
             "num_kv_shared_layers": 2,
             "laurel_rank": 4,
             "activation_sparsity_pattern": [0.0] * 4,
         },
-        vision_config={"hidden_size": _WIDTH, "vocab_size": 4, "vocab_offset": VOCAB_SIZE},
+        vision_config={"hidden_size": _WIDTH, "vocab_size": 4, "vocab_offset": 84},
         audio_config={
-            "vocab_size": 4,
-            "vocab_offset": VOCAB_SIZE + 4,
+            "vocab_size": 8,
+            "vocab_offset": 88,
             "input_feat_size": 16,
             "hidden_size": _WIDTH,
             "conf_attention_chunk_size": 4,
@@ -273,7 +273,7 @@ def _gemma4() -> Any:
             "hidden_size": _WIDTH,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
-            "subsampling_conv_channels": [4, 2],
+            "subsampling_conv_channels": [128, 2],
             "attention_chunk_size": 4,
             "attention_context_left": 5,
             "output_proj_dims": _WIDTH,
@@ -382,13 +382,22 @@ FAMILIES: Mapping[str, tuple[Callable[[], Any], str, str]] = {
 }
 
 
+_from_config = transformers.AutoModel.from_config
+
+
+def _without_vision(config: Any, **kwargs: Any) -> nn.Module:
+    """`AutoModel.from_config`, but for Gemma 3n's vision tower: it needs timm, for inputs that speech never has."""
+    return nn.Identity() if config.model_type == "gemma3n_vision" else _from_config(config, **kwargs)
+
+
 def build(family: str, *, seed: int = 0, noise: float = 0.0) -> Tiny:
     """A tiny model of `family`; `noise` > 0 adds that much gaussian noise, relative to each weight's spread."""
     make, model_class, tower = FAMILIES[family]
     config, inputs = make()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(config).eval()
+        with patch.object(transformers.AutoModel, "from_config", _without_vision):
+            model = getattr(transformers, model_class)(config).eval()
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "norm" not in name:
                 weight.data.normal_(0, _SPREAD)

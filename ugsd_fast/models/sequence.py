@@ -48,6 +48,7 @@ class CachedSequence:
         self._prompt = dict(inputs)
         self._hears = family is not None and family.audio in inputs
         self._first_kwargs = family.forward_kwargs if family is not None and self._hears else {}
+        self._audio_token = family.audio_token_id(model.config) if family is not None and self._hears else None
         self._toggles_adapter = family is not None and family.toggles_adapter
         self._rope_switch = family.rope_switch(model.config) if family is not None else None
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -75,6 +76,11 @@ class CachedSequence:
         """
         first = self.length == 0
         keep = tokens.shape[1] + first if keep is None else keep
+        if first and self._audio_token is not None and bool((tokens == self._audio_token).any()):
+            # Drafted beside the audio, a placeholder would be taken for one of the prompt's.
+            last = self.forward(tokens[:, :0], keep=1)
+            logits = torch.cat([last, self.forward(tokens)], dim=1)
+            return logits[:, logits.shape[1] - keep :]
         ids, audio = tokens, {}
         if first:
             audio = {**self._prompt, **self._first_kwargs}
