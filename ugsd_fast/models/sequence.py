@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from ugsd_fast.cache import enable_rollback, rollback
+from ugsd_fast.cache import enable_rollback, new_cache, rollback
 
 
 class CachedSequence:
@@ -42,7 +41,7 @@ class CachedSequence:
     def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
         self._model = model
         self._prompt = dict(inputs)
-        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._cache = new_cache(model.config)
         mask = self._prompt.pop("attention_mask", None)
         # [B, T] where rows are padded; without padding no step needs a mask.
         self._mask = None if mask is None or bool(mask.all()) else mask.long()
