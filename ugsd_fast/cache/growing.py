@@ -1,0 +1,447 @@
+"""A transformers cache that is preallocated, grows by doubling, and gives every row of a batch a length of its own.
+
+transformers' ``DynamicCache`` concatenates: each step reads and writes every key and value that it holds. Here a step
+writes its own slots and returns a view, rolling back changes a length, and rows that reject different numbers of tokens
+go on at different slots. `ugsd_fast.cache.step_inputs` makes the mask and the positions that such rows need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer, get_layer_types_and_kwargs
+
+from ugsd_fast.errors import ModelError
+
+MIN_CAPACITY = 64
+MAX_ROLLBACK = 64
+_CHUNK = 64  # slots whose views are made at once
+_HELD = ("full_attention", "sliding_attention", "dummy")
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer.
+
+    Parameters
+    ----------
+    capacity : int
+        Slots to allocate at least; powers of two follow.
+    sliding_window : int, optional
+        Tokens that a query sees, its own included. Older ones are dropped, except as many as a rollback may need.
+    max_rollback : int
+        Tokens that can be rolled back once the window is full.
+
+    Notes
+    -----
+    Token t of a row is in slot t - `base` of that row, whatever the other rows hold. Slots behind a row's length hold
+    old or zero values and must be masked; nothing else ever reads them.
+    """
+
+    is_croppable = True
+
+    def __init__(
+        self, *, capacity: int = MIN_CAPACITY, sliding_window: int | None = None, max_rollback: int = MAX_ROLLBACK
+    ):
+        self.is_initialized = False
+        self.is_sliding = sliding_window is not None
+        self.sliding_window = sliding_window
+        self._min_capacity = capacity
+        self._max_rollback = max_rollback
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self.is_initialized = False
+        self._storage: tuple[Tensor, Tensor] | None = None  # [B, H, capacity, D] each; the two D may differ
+        self._capacity = 0
+        self._base = 0
+        self._length = 0  # of the longest row
+        self._lengths: list[int] | None = None  # where rows differ
+        self._forget_slots()
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Keys that are held, [B, H, T, D]: a view."""
+        return None if self._storage is None else self._view(0, self._base, self._length)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Values that are held, [B, H, T, D]: a view."""
+        return None if self._storage is None else self._view(1, self._base, self._length)
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens of each row, or None where all rows have `get_seq_length()`."""
+        return self._lengths
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated."""
+        return self._capacity
+
+    def get_seq_length(self) -> int:
+        """Tokens of the longest row."""
+        return self._length
+
+    def get_max_length(self) -> int:
+        """Window, or -1."""
+        return self.sliding_window or -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that the next `update` returns, and the token in the first of them."""
+        first = self._first_visible()
+        return self._length + query_length - first, first
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for states like these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._allocate(key_states, value_states, max(self._min_capacity, key_states.shape[2]))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the states of q tokens to every row and return what these attend to.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor[B, H, q, D]
+
+        Returns
+        -------
+        tuple of Tensor[B, H, T, D]
+            Views of the cache, T as `get_mask_sizes(q)` told before.
+        """
+        length = self._length
+        if key_states.shape == self._step_shape:
+            index = length - self._first_slot
+            if 0 <= index < len(self._key_slots):
+                self._key_slots[index].copy_(key_states)
+                self._value_slots[index].copy_(value_states)
+                self._length = length + 1
+                if self.sliding_window is None:
+                    size = (*self._step_shape[:2], length + 1)
+                    (keys, values), (key_strides, value_strides) = self._storage, self._strides
+                    return (
+                        keys.as_strided((*size, self._step_shape[3]), key_strides),
+                        values.as_strided((*size, self._value_size), value_strides),
+                    )
+                first = max(length - self.sliding_window + 1, 0)
+                return self._view(0, first, length + 1), self._view(1, first, length + 1)
+        return self._append(key_states, value_states)
+
+    def rollback(self, rejected: int | Sequence[int]) -> None:
+        """Forget the newest tokens: as many of every row, or a number for each row.
+
+        Raises
+        ------
+        ValueError
+            If the window has passed tokens that would come back into view.
+        """
+        if not self.is_initialized:
+            return
+        lengths: list[int] | None = None
+        if isinstance(rejected, int) and self._lengths is None:
+            longest = shortest = self._length - rejected
+        else:
+            batch = self._step_shape[0]
+            counts = [rejected] * batch if isinstance(rejected, int) else rejected
+            lengths = [n - k for n, k in zip(self._lengths or [self._length] * batch, counts, strict=True)]
+            longest, shortest = max(lengths), min(lengths)
+        if self.sliding_window is not None and self._base > max(shortest - self.sliding_window + 1, 0):
+            raise ValueError(
+                f"rollback: {rejected} tokens are behind a window of {self.sliding_window}, expected at most "
+                f"max_rollback={self._max_rollback} (older keys are dropped)"
+            )
+        self._set_lengths(lengths, longest)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest ``-tokens_to_remove`` tokens of every row, as transformers' layers do."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}, expected a negative number or 0")
+        self.rollback(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, an integer or bool tensor; the others' memory is freed."""
+        if self._storage is None:
+            return
+        rows = torch.arange(self._step_shape[0])[indices.cpu()].tolist()
+        self._replace_rows(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self._storage is not None:
+            self._replace_rows([row for row in range(self._step_shape[0]) for _ in range(repeats)])
+
+    def offload(self) -> None:
+        """Not offered: the cache writes in place, on the device of its states."""
+        raise NotImplementedError("GrowingLayer: offloading is not offered, expected a DynamicCache(offloading=True)")
+
+    def _first_visible(self) -> int:
+        """First token that the next query of the shortest row sees."""
+        if self.sliding_window is None:
+            return 0
+        shortest = self._length if self._lengths is None else min(self._lengths)
+        return max(shortest - self.sliding_window + 1, 0)
+
+    def _view(self, which: int, first: int, end: int) -> Tensor:
+        """Tokens first to end of the keys (0) or values (1)."""
+        assert self._storage is not None
+        storage, strides = self._storage[which], self._strides[which]
+        batch, heads, _, width = storage.shape
+        return storage.as_strided((batch, heads, end - first, width), strides, (first - self._base) * width)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if key_states.requires_grad and torch.is_grad_enabled():
+            raise ValueError("GrowingCache: the states require grad, expected a forward under no_grad or inference_mode")
+        if not self.is_initialized:
+            window = self.sliding_window
+            if window is not None and key_states.shape[2] > window + self._max_rollback:
+                return self._begin_behind(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[:2] != self._step_shape[:2]:
+            raise ValueError(
+                f"GrowingCache: states have shape {tuple(key_states.shape)}, expected "
+                f"[{self._step_shape[0]}, {self._step_shape[1]}, q, {self._step_shape[3]}] (the rows in the cache)"
+            )
+        tokens = key_states.shape[2]
+        first, column = self._first_visible(), self._reserve(tokens)
+        assert self._storage is not None
+        for storage, states in zip(self._storage, (key_states, value_states), strict=True):
+            if self._lengths is None:
+                storage.narrow(2, column, tokens).copy_(states)
+            else:
+                slots = tuple(n - self._base for n in self._lengths)
+                rows, columns = _slot_index(slots, tokens, states.device)
+                storage[rows, :, columns] = states.transpose(1, 2)  # [B, q, H, D]
+        if self._lengths is not None:
+            self._lengths = [n + tokens for n in self._lengths]
+        elif tokens == 1:
+            self._make_slots(column)
+        self._length += tokens
+        return self._view(0, first, self._length), self._view(1, first, self._length)
+
+    def _begin_behind(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a prompt longer than the window, of which only the end is kept; all of it is attended to once."""
+        tokens = key_states.shape[2]
+        kept = self._kept_behind_window()
+        ends = key_states[:, :, -kept:], value_states[:, :, -kept:]
+        self.lazy_initialization(*ends)
+        self._base, self._length = tokens - kept, tokens - kept
+        self._reserve(kept)
+        self._append(*ends)
+        return key_states, value_states
+
+    def _kept_behind_window(self) -> int:
+        assert self.sliding_window is not None
+        return self.sliding_window - 1 + self._max_rollback
+
+    def _reserve(self, tokens: int) -> int:
+        """Make room for `tokens` more and return the slot of the longest row's first."""
+        assert self._storage is not None
+        used = self._length - self._base
+        if used + tokens <= self._capacity:
+            return used
+        drop, room = 0, used + tokens
+        if self.sliding_window is not None:
+            shortest = self._length if self._lengths is None else min(self._lengths)
+            drop = max(shortest - self._kept_behind_window() - self._base, 0)
+            room = 2 * (used - drop + tokens)  # moved once in at least as many steps as slots are moved
+        kept = used - drop
+        held = [storage.narrow(2, drop, kept) for storage in self._storage]
+        if room > self._capacity:
+            self._allocate(*self._storage, room)
+        for storage, states in zip(self._storage, held, strict=True):
+            storage.narrow(2, 0, kept).copy_(states)  # in the same storage only where the two are apart
+        self._base += drop
+        self._forget_slots()
+        return kept
+
+    def _allocate(self, keys_like: Tensor, values_like: Tensor, slots: int) -> None:
+        self._capacity = 1 << (slots - 1).bit_length()
+        # Zeros, as a masked NaN would still be one. Outside inference mode, as its tensors cannot be written elsewhere.
+        with torch.inference_mode(False):
+            keys, values = (
+                like.new_zeros((*like.shape[:2], self._capacity, like.shape[3])) for like in (keys_like, values_like)
+            )
+        self._set_storage(keys, values)
+        self.is_initialized = True
+
+    def _set_storage(self, keys: Tensor, values: Tensor) -> None:
+        self._storage = keys, values
+        self._strides = keys.stride(), values.stride()
+        batch, heads, _, width = keys.shape
+        self._step_shape = torch.Size((batch, heads, 1, width))
+        self._value_size = values.shape[3]
+        self._key_slots = self._value_slots = ()
+
+    def _make_slots(self, column: int) -> None:
+        """Make the views that the next steps write into; one by one they would cost more than the writing."""
+        assert self._storage is not None
+        count = min(_CHUNK, self._capacity - column)
+        self._first_slot = column + self._base
+        self._key_slots, self._value_slots = (storage.narrow(2, column, count).split(1, 2) for storage in self._storage)
+
+    def _forget_slots(self) -> None:
+        self._step_shape = getattr(self, "_step_shape", torch.Size()) if self.is_initialized else torch.Size()
+        self._first_slot = 0
+        self._key_slots: tuple[Tensor, ...] = ()
+        self._value_slots: tuple[Tensor, ...] = ()
+
+    def _set_lengths(self, lengths: list[int] | None, longest: int) -> None:
+        self._length = longest
+        ragged = lengths is not None and min(lengths) < longest
+        self._lengths = lengths if ragged else None
+        if ragged:
+            self._key_slots = self._value_slots = ()
+
+    def _replace_rows(self, rows: list[int]) -> None:
+        assert self._storage is not None
+        index = torch.tensor(rows, device=self._storage[0].device)
+        with torch.inference_mode(False):
+            keys, values = (storage.index_select(0, index) for storage in self._storage)
+        self._set_storage(keys, values)
+        if self._lengths is not None and rows:
+            lengths = [self._lengths[row] for row in rows]
+            self._set_lengths(lengths, max(lengths))
+
+
+class GrowingCache(DynamicCache):
+    """A preallocated key/value cache: appends in place, rolls back in no time, every row with a length of its own.
+
+    A drop-in replacement of ``transformers.DynamicCache`` for inference: models, ``generate`` and
+    ``EncoderDecoderCache`` take it. While all rows are of one length, models need nothing else; after a ragged
+    rollback, give them what `ugsd_fast.cache.step_inputs` returns.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig, optional
+        Of the model, or of its text part: tells which layers have a sliding window and which share another's keys.
+        Without it all layers see everything.
+    capacity : int
+        Slots to allocate first, rounded up to a power of two. Memory doubles when they are full; give the final length
+        where it is known and nothing is copied again.
+    max_rollback : int
+        Tokens that a layer with a sliding window can roll back when it is full. Its memory is bounded: at most four
+        times ``sliding_window + max_rollback`` slots (plus those of one long forward), however long the text.
+
+    Raises
+    ------
+    ModelError
+        If a layer is neither full nor windowed attention: recurrent states cannot be rolled back.
+
+    Examples
+    --------
+    >>> cache = GrowingCache()
+    >>> states = torch.zeros(2, 2, 7, 4)
+    >>> keys, values = cache.update(states, states, layer_idx=0)
+    >>> cache.rollback([3, 1]).lengths
+    [4, 6]
+    >>> cache.get_seq_length()
+    6
+    """
+
+    def __init__(self, config: Any = None, *, capacity: int = MIN_CAPACITY, max_rollback: int = MAX_ROLLBACK):
+        if capacity < 1 or max_rollback < 0:
+            raise ValueError(
+                f"GrowingCache: capacity is {capacity} and max_rollback {max_rollback}, expected at least 1 and 0"
+            )
+        super().__init__()
+        layer = partial(GrowingLayer, capacity=capacity, max_rollback=max_rollback)
+        if config is None:
+            self.layer_class_to_replicate = layer
+            return
+        kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        self.layer_class_to_replicate = None
+        for index, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
+            if kind not in _HELD:
+                raise ModelError(f"GrowingCache: layer {index} is of type {kind}, expected one of {list(_HELD)}")
+            self.layers.append(DummyLayer() if kind == "dummy" else layer(**given))
+
+    @staticmethod
+    def supports(config: Any) -> bool:
+        """Whether every layer of a model is one that this cache can hold."""
+        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        return set(kinds) <= set(_HELD)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row; empty before the first forward."""
+        layer = self._first_layer()
+        if layer is None:
+            return []
+        return layer.lengths or [layer.get_seq_length()] * layer._step_shape[0]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows differ in length."""
+        layer = self._first_layer()
+        return layer is not None and layer.lengths is not None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append states [B, H, q, D] to a layer and return all that it holds, [B, H, T, D], as views."""
+        if layer_idx < len(self.layers):
+            return self.layers[layer_idx].update(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx)
+
+    def rollback(self, rejected: int | Tensor | Sequence[int]) -> GrowingCache:
+        """Forget the newest tokens of every row; nothing is moved.
+
+        Parameters
+        ----------
+        rejected : int, sequence of int or LongTensor[B]
+            Tokens to forget, of all rows or of each. A tensor on a device is read, which waits for it.
+
+        Raises
+        ------
+        ValueError
+            If a number is negative or more than its row holds, or if a window has dropped what would be needed.
+        """
+        lengths = self.lengths
+        counts = _counts(rejected, lengths)
+        if counts:
+            one = counts[0] if counts.count(counts[0]) == len(counts) else None
+            layers = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+            for layer in sorted(layers, key=lambda layer: not layer.is_sliding):  # these may refuse
+                layer.rollback(counts if one is None else one)
+        return self
+
+    def _first_layer(self) -> GrowingLayer | None:
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer):
+                return layer if layer.is_initialized else None
+        return None
+
+
+def _counts(rejected: int | Tensor | Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Rejected tokens of each row, checked."""
+    if isinstance(rejected, int):
+        counts = [rejected] * max(len(lengths), 1)
+    else:
+        counts = rejected.tolist() if isinstance(rejected, Tensor) else list(rejected)
+    if not lengths and not any(counts):
+        return []
+    if len(counts) != max(len(lengths), 1):
+        raise ValueError(f"rollback: rejected has {len(counts)} numbers, expected {len(lengths)} (one a row)")
+    for row, (count, length) in enumerate(zip(counts, lengths or [0], strict=True)):
+        if not 0 <= count <= length:
+            where = "" if isinstance(rejected, int) else f" of row {row}"
+            raise ValueError(f"rollback: rejected is {count}{where}, expected 0 to {length} (the tokens in the cache)")
+    return counts
+
+
+@lru_cache(maxsize=16)
+def _slot_index(slots: tuple[int, ...], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows [B, 1] and slots [B, q] that `tokens` tokens of each row go to; the layers of a forward share them."""
+    with torch.inference_mode(False):
+        rows = torch.arange(len(slots), device=device)[:, None]
+        columns = torch.tensor(slots).to(device, non_blocking=True)[:, None] + torch.arange(tokens, device=device)
+    return rows, columns
