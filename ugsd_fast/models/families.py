@@ -236,7 +236,7 @@ FAMILIES = (
     Family(
         model_types=("moonshine",),
         model_class="MoonshineForConditionalGeneration",
-        processor_class="MoonshineProcessor",
+        processor_class="Wav2Vec2Processor",
         audio="input_values",
     ),
 )
