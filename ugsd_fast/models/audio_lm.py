@@ -231,7 +231,7 @@ class AudioLM:
             if isinstance(value, Tensor)
         }
 
-    def open(self, inputs: dict[str, Tensor]) -> CachedSequence | EncoderDecoderSequence:
+    def open(self, inputs: dict[str, Tensor]) -> CachedSequence:
         """Start a sequence of its own on prepared inputs; nothing is computed yet.
 
         Raises

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ugsd_fast.cache import enable_rollback, rollback
+from ugsd_fast.cache import enable_rollback, new_cache
 from ugsd_fast.errors import ModelError
-from ugsd_fast.models.sequence import last_logits
+from ugsd_fast.models.sequence import CachedSequence, last_logits
 
 
-class EncoderDecoderSequence:
-    """The decoder's cache of one request; the interface of `CachedSequence`.
+class EncoderDecoderSequence(CachedSequence):
+    """The decoder's cache of one request; what was heard stays through every rollback.
 
     Parameters
     ----------
@@ -43,8 +43,8 @@ class EncoderDecoderSequence:
             start = torch.full((rows, 1), _start_token(model), dtype=torch.long, device=model.device)
         self._start = start
         self._heard: Any = None
-        config = model.config.get_text_config(decoder=True)
-        self._cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        self._cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
+        self._mask = None
         self.length = 0
         self.forwards = 0
 
@@ -75,15 +75,10 @@ class EncoderDecoderSequence:
                 **extra,
             ).logits
         if first:
-            enable_rollback(self._cache.self_attention_cache)
+            enable_rollback(self._cache)
         self.length += ids.shape[1]
         self.forwards += 1
         return logits[:, logits.shape[1] - keep :]
-
-    def rollback(self, rejected: int) -> None:
-        """Forget the newest `rejected` tokens of the decoder, in place; what was heard stays."""
-        rollback(self._cache.self_attention_cache, rejected)
-        self.length -= rejected
 
 
 def _start_token(model: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ugsd_fast.cache import enable_rollback, new_cache, rollback
 from ugsd_fast.errors import ModelError
@@ -50,10 +51,10 @@ class CachedSequence:
         self._audio_token = family.audio_token_id(model.config) if family is not None and self._hears else None
         self._toggles_adapter = family is not None and family.toggles_adapter
         self._rope_switch = family.rope_switch(model.config) if family is not None else None
-        self._cache = new_cache(model.config)
+        self._cache: Cache = new_cache(model.config)
         mask = self._prompt.pop("attention_mask", None)
         # [B, T] where rows are padded; without padding no step needs a mask.
-        self._mask = None if mask is None or bool(mask.all()) else mask.long()
+        self._mask: Tensor | None = None if mask is None or bool(mask.all()) else mask.long()
         self.length = 0
         self.forwards = 0
 
