@@ -116,7 +116,7 @@ class AudioLM:
             processor = load_processor(family, name, **hub)
         except ModelError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
         missing = sorted(loading["missing_keys"])
         if missing:
