@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from tests.models.tiny import AUDIO_ID, FAMILIES, Tiny, build
+from tests.models.tiny import AUDIO_ID, FAMILIES, Tiny, build, processor
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.attention import best_attention
@@ -20,7 +21,7 @@ from ugsd_fast.models.families import REFUSED, family_of
 from ugsd_fast.models.sequence import CachedSequence
 
 TOKENS = 32
-DRAFTERS = {"copy": {}, "noisy": {"noise": 0.1}, "random": {"seed": 7}}
+DRAFTERS: dict[str, dict[str, Any]] = {"copy": {}, "noisy": {"noise": 0.1}, "random": {"seed": 7}}
 LOSSLESS = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=-1)  # no token has this id
 PROMPTED = [name for name in FAMILIES if name not in ("whisper", "moonshine")]
 
@@ -194,6 +195,19 @@ def test_recurrent_text_models_are_refused(verifiers: dict[str, Tiny]) -> None:
     model.config.text_config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ModelError, match="keeps a recurrent state"):
         AudioLM(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_asr", "audioflamingo3", "musicflamingo", "glmasr"])
+def test_clips_go_through_processor_and_chat_template(family: str, verifiers: dict[str, Tiny]) -> None:
+    model = AudioLM(verifiers[family].model, processor(family))
+    clip = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 16_000)
+    inputs = model.prepare(clip, "w7 w8")
+    text = inputs["input_ids"][inputs["input_ids"] < AUDIO_ID]
+    assert text.tolist() == [7, 8, 5]
+    own = verifiers[family].model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, -8:].tolist()
+    result = Decoder(model, LocalVerifier(model), LOSSLESS).generate(clip, prompt="w7 w8", max_new_tokens=8)
+    assert result.tokens == own
+    assert result.text == model.tokenizer.decode(own, skip_special_tokens=True)
 
 
 def test_audio_is_prepared_only_where_the_processor_is_driven(verifiers: dict[str, Tiny]) -> None:

@@ -13,7 +13,10 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+
+from ugsd_fast.models.families import family_of
 
 VOCAB_SIZE = 96
 AUDIO_ID = 90
@@ -21,7 +24,7 @@ _WIDTH = 16
 _SPREAD = 0.3  # of the weights: at the usual 0.02 every context has the same next token
 _PROMPT = [5, 17, 40, 8]
 
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": _WIDTH,
     "intermediate_size": 32,
@@ -181,7 +184,8 @@ def _granite_speech() -> Any:
 
 def _phi4_multimodal() -> Any:
     config = transformers.Phi4MultimodalConfig(
-        **{k: v for k, v in _TEXT.items() if k != "head_dim"},
+        **{k: v for k, v in _TEXT.items() if k not in ("head_dim", "initializer_range")},
+        initializer_range=_SPREAD,
         original_max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         vision_config={
@@ -410,3 +414,32 @@ def build(family: str, *, seed: int = 1, noise: float = 0.0) -> Tiny:
     model.get_output_embeddings().weight.data[AUDIO_ID] = 0
     model.generation_config.eos_token_id = None  # every caption runs to max_new_tokens
     return Tiny(model, inputs, model.get_submodule(tower))
+
+
+def processor(family: str) -> Any:
+    """A processor of `family` for its tiny model: one word a token, one second a window."""
+    hop_length = {"qwen3_asr": 160}.get(family, 333)  # 100 or 48 frames
+    extractor = {"qwen3_asr": "Qwen3ASRFeatureExtractor"}.get(family, "WhisperFeatureExtractor")
+    entry = family_of(family)
+    assert entry is not None
+    audio = {"qwen3_asr": "<|audio_pad|>", "glmasr": "<|pad|>"}.get(family, "<sound>")
+    return getattr(transformers, entry.processor_class)(
+        getattr(transformers, extractor)(feature_size=8, chunk_length=1, hop_length=hop_length),
+        _tokenizer(audio),
+        chat_template="{% for part in messages[0]['content'] %}"
+        f"{{% if part['type'] == 'audio' %}}{audio}{{% else %}} {{{{ part['text'] }}}}{{% endif %}}{{% endfor %}} w5",
+    )
+
+
+def _tokenizer(audio: str) -> Any:
+    words = Tokenizer(
+        models.WordLevel({**{f"w{i}": i for i in range(88)}, "<unk>": 88, "<pad>": 89}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>")
+    added = (audio, "<|sound_bos|>", "<|sound_eos|>")  # from AUDIO_ID
+    tokenizer.add_tokens([transformers.AddedToken(text, special=True) for text in added], special_tokens=True)
+    for name, text in zip(("audio_token", "audio_bos_token", "audio_eos_token"), added, strict=True):
+        setattr(tokenizer, name, text)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(text))
+    return tokenizer

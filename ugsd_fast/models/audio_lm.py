@@ -211,8 +211,6 @@ class AudioLM:
                 text=text,
                 audio=[clip.samples],
                 sampling_rate=extractor.sampling_rate,
-                padding=True,
-                padding_side="left",
                 return_tensors="pt",
             )
         )

@@ -167,6 +167,7 @@ FAMILIES = (
         model_class="Qwen3ASRForConditionalGeneration",
         processor_class="Qwen3ASRProcessor",
         audio_tokens=_windowed,
+        prepares=True,
     ),
     Family(
         model_types=("voxtral",),
@@ -186,18 +187,21 @@ FAMILIES = (
         model_class="AudioFlamingo3ForConditionalGeneration",
         processor_class="AudioFlamingo3Processor",
         audio_tokens=_pooled,
+        prepares=True,
     ),
     Family(
         model_types=("musicflamingo",),
         model_class="MusicFlamingoForConditionalGeneration",
         processor_class="MusicFlamingoProcessor",
         audio_tokens=_pooled,
+        prepares=True,
     ),
     Family(
         model_types=("glmasr",),
         model_class="GlmAsrForConditionalGeneration",
         processor_class="GlmAsrProcessor",
         audio_tokens=_merged_by_four,
+        prepares=True,
     ),
     Family(
         model_types=("phi4_multimodal",),
