@@ -199,7 +199,9 @@ class GrowingLayer(DynamicLayer):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if key_states.requires_grad and torch.is_grad_enabled():
-            raise ValueError("GrowingCache: the states require grad, expected a forward under no_grad or inference_mode")
+            raise ValueError(
+                "GrowingCache: the states require grad, expected a forward under no_grad or inference_mode"
+            )
         if not self.is_initialized:
             window = self.sliding_window
             if window is not None and key_states.shape[2] > window + self._max_rollback:
@@ -230,12 +232,13 @@ class GrowingLayer(DynamicLayer):
     def _begin_behind(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Take a prompt longer than the window, of which only the end is kept; all of it is attended to once."""
         tokens = key_states.shape[2]
-        kept = self._kept_behind_window()
-        ends = key_states[:, :, -kept:], value_states[:, :, -kept:]
-        self.lazy_initialization(*ends)
-        self._base, self._length = tokens - kept, tokens - kept
-        self._reserve(kept)
-        self._append(*ends)
+        kept = max(self._kept_behind_window(), 1)
+        self._allocate(key_states, value_states, max(self._min_capacity, kept))
+        assert self._storage is not None
+        for storage, states in zip(self._storage, (key_states, value_states), strict=True):
+            storage.narrow(2, 0, kept).copy_(states.narrow(2, tokens - kept, kept))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._base, self._length = tokens - kept, tokens
         return key_states, value_states
 
     def _kept_behind_window(self) -> int:

@@ -1,0 +1,301 @@
+"""The growing cache: contents against a list, ragged rows against fresh forwards of each row alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    StaticCache,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from ugsd_fast.cache import GrowingCache, compact, enable_rollback, rollback, step_inputs
+from ugsd_fast.errors import ModelError
+
+VOCAB = 64
+WINDOW = 6
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
+CLASSES = {"qwen2": Qwen2ForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM, "gemma3": Gemma3ForCausalLM}
+
+
+def build(family: str, attention: str) -> Any:
+    config = CONFIGS[family]()
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    return CLASSES[family](config).eval()
+
+
+def growing(model: Any) -> GrowingCache:
+    return GrowingCache(model.config, capacity=8, max_rollback=8)
+
+
+def dynamic(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config)
+
+
+def static(model: Any) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=128)
+
+
+@torch.inference_mode()
+def check_against_fresh(model: Any, cache: Any, *, batch: int, ragged: bool, padded: bool, rounds: int = 9) -> None:
+    """Feed blocks of 5, 1 and 3 tokens, reject some, and compare every row's logits with those of the row alone."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, VOCAB, (batch, 11), generator=generator)
+    mask = (torch.arange(11) >= torch.arange(batch)[:, None]).long() if padded else None
+    rows = [prompt[row, row * padded :].tolist() for row in range(batch)]
+    model(prompt, past_key_values=cache, **step_inputs(model, cache, prompt, mask))
+    enable_rollback(cache)
+    for turn in range(rounds):
+        count = (5, 1, 3)[turn % 3]
+        block = torch.randint(0, VOCAB, (batch, count), generator=generator)
+        logits = model(block, past_key_values=cache, **step_inputs(model, cache, block, mask)).logits
+        for row in range(batch):
+            fresh = model(torch.tensor([rows[row] + block[row].tolist()]), use_cache=False).logits[0, -count:]
+            torch.testing.assert_close(logits[row], fresh, rtol=1e-5, atol=1e-5)
+        rejected = torch.randint(0, count + 1, (batch,), generator=generator)
+        if not ragged:
+            rejected[:] = rejected[0]
+            rollback(cache, int(rejected[0]))
+        elif isinstance(cache, GrowingCache):
+            rollback(cache, rejected)
+        else:
+            length, known = int(cache.get_seq_length()), 0 if mask is None else mask.shape[1]
+            mask = prompt.new_ones(batch, 0) if mask is None else mask
+            mask = nn.functional.pad(mask, (0, length - known), value=1)
+            rollback(cache, rejected, mask=mask)
+            mask = mask[:, : int(cache.get_seq_length())]
+            if turn % 4 == 3 and isinstance(cache, DynamicCache):
+                mask = compact(cache, mask)
+        for row in range(batch):
+            rows[row] += block[row, : count - int(rejected[row])].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("batch", "ragged", "padded"),
+    [(1, False, False), (1, True, False), (4, False, True), (4, True, False), (4, True, True)],
+    ids=["one", "one by tensor", "batch padded", "ragged", "ragged padded"],
+)
+def test_rolled_back_rows_equal_fresh_forwards(
+    family: str, attention: str, batch: int, ragged: bool, padded: bool
+) -> None:
+    model = build(family, attention)
+    check_against_fresh(model, growing(model), batch=batch, ragged=ragged, padded=padded)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cache", [dynamic, static])
+def test_holes_in_the_mask_equal_fresh_forwards(cache: Callable[[Any], Any], attention: str) -> None:
+    model = build("qwen2", attention)
+    check_against_fresh(model, cache(model), batch=4, ragged=True, padded=True)
+
+
+@pytest.mark.parametrize("cache", [dynamic, static])
+def test_other_caches_roll_all_rows_back(cache: Callable[[Any], Any]) -> None:
+    model = build("qwen2", "sdpa")
+    check_against_fresh(model, cache(model), batch=2, ragged=False, padded=False)
+
+
+def test_windows_of_transformers_roll_all_rows_back() -> None:
+    model = build("gemma3", "sdpa")
+    check_against_fresh(model, dynamic(model), batch=2, ragged=False, padded=False)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("own", [False, True])
+@torch.inference_mode()
+def test_encoder_decoder_caches_roll_the_decoder_back(own: bool, attention: str) -> None:
+    config = WhisperConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, num_mel_bins=8,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=10, init_std=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, begin_suppress_tokens=None,
+    )  # fmt: skip
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config).eval()
+    encoded = model.model.encoder(torch.randn(2, 8, 20))
+    cache = EncoderDecoderCache(GrowingCache() if own else DynamicCache(), DynamicCache())
+    final = torch.randint(4, VOCAB, (2, 7))
+    model(encoder_outputs=encoded, decoder_input_ids=final, past_key_values=cache)
+    enable_rollback(cache)
+    for rejected in (2, 0, 4, 5):
+        block = torch.randint(4, VOCAB, (2, 5))
+        positions = torch.arange(final.shape[1], final.shape[1] + 5).expand(2, -1)
+        logits = model(
+            encoder_outputs=encoded, decoder_input_ids=block, decoder_position_ids=positions, past_key_values=cache
+        ).logits
+        fresh = model(encoder_outputs=encoded, decoder_input_ids=torch.cat([final, block], 1), use_cache=False).logits
+        torch.testing.assert_close(logits, fresh[:, -5:], rtol=1e-5, atol=1e-5)
+        assert rollback(cache, rejected) is cache
+        final = torch.cat([final, block[:, : 5 - rejected]], 1)
+        assert cache.get_seq_length() == final.shape[1]
+    assert cache.cross_attention_cache.get_seq_length() == 10
+
+
+def states(rows: list[list[float]]) -> Tensor:
+    """[B, 2, q, 3] whose elements all say the token."""
+    return torch.tensor(rows).view(len(rows), 1, -1, 1).expand(-1, 2, -1, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 3), window=st.sampled_from([None, 1, 2, 5]))
+def test_any_sequence_of_appends_and_rollbacks_leaves_what_lists_hold(
+    data: st.DataObject, batch: int, window: int | None
+) -> None:
+    cache = GrowingCache(Gemma3TextConfig(**SIZES | {"num_hidden_layers": 1}, sliding_window=window,
+        layer_types=["sliding_attention" if window else "full_attention"]), capacity=1, max_rollback=4)  # fmt: skip
+    rows: list[list[float]] = [[] for _ in range(batch)]
+    token = 0.0
+    for _ in range(data.draw(st.integers(1, 12))):
+        count = data.draw(st.integers(1, 4) if rows[0] else st.integers(1, 30))
+        new = [[token + 100 * row + i / 64 for i in range(count)] for row in range(batch)]
+        token += 1
+        before = [len(row) for row in rows]
+        sizes = cache.get_mask_sizes(count, 0)
+        keys, values = cache.update(states(new), -states(new), 0)
+        assert (keys.shape[2], max(before) + count) == (sizes[0], sum(sizes))
+        assert torch.equal(keys, -values)
+        for row in range(batch):
+            rows[row] += new[row]
+            first = max(before[row] - window + 1, 0) if window else 0
+            assert keys[row, 1, first - sizes[1] : len(rows[row]) - sizes[1], 2].tolist() == rows[row][first:]
+        rejected = [data.draw(st.integers(0, min(4, count))) for _ in range(batch)]
+        same = len(set(rejected)) == 1 and data.draw(st.booleans())
+        rollback(cache, rejected[0] if same else torch.tensor(rejected))
+        rows = [row[: len(row) - k] for row, k in zip(rows, rejected, strict=True)]
+        assert cache.lengths == [len(row) for row in rows]
+
+
+def test_growth_doubles_and_steps_write_in_place() -> None:
+    cache = GrowingCache(capacity=4)
+    where, capacities = set(), []
+    for token in range(100):
+        keys, _ = cache.update(states([[float(token)]]), states([[float(token)]]), 0)
+        assert keys[0, 0, :, 0].tolist() == list(range(token + 1))
+        where.add(keys.data_ptr())
+        capacities.append(cache.layers[0].capacity)
+    assert sorted(set(capacities)) == [4, 8, 16, 32, 64, 128]
+    assert len(where) <= 6
+
+
+def test_windows_do_not_grow() -> None:
+    cache = GrowingCache(CONFIGS["gemma3"](), max_rollback=8)
+    for layer in range(3):
+        cache.update(torch.zeros(1, 2, 300, 3), torch.zeros(1, 2, 300, 3), layer)
+    for _ in range(700):
+        for layer in range(3):
+            cache.update(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3), layer)
+    assert cache.layers[0].capacity <= 64
+    assert cache.layers[1].capacity == 1024
+    assert cache.get_seq_length() == 1000
+
+
+def test_a_window_refuses_to_bring_back_what_it_dropped() -> None:
+    cache = GrowingCache(CONFIGS["gemma3"](), capacity=8, max_rollback=4)
+    for layer in range(3):
+        cache.update(torch.zeros(1, 2, 300, 3), torch.zeros(1, 2, 300, 3), layer)
+    assert rollback(cache, 4).get_seq_length() == 296
+    with pytest.raises(ValueError, match="window of 6, expected at most max_rollback=4"):
+        rollback(cache, 40)
+    assert {layer.get_seq_length() for layer in cache.layers} == {296}
+
+
+def test_rows_leave_and_repeat() -> None:
+    cache = GrowingCache()
+    cache.update(states([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), states([[0.0] * 2] * 3), 0)
+    rollback(cache, torch.tensor([0, 1, 1]))
+    cache.batch_select_indices(torch.tensor([False, True, True]))
+    assert cache.lengths == [1, 1]
+    assert not cache.is_ragged
+    cache.batch_repeat_interleave(2)
+    keys, _ = cache.update(states([[9.0]] * 4), states([[9.0]] * 4), 0)
+    assert keys[:, 0, :, 0].tolist() == [[3.0, 9.0], [3.0, 9.0], [5.0, 9.0], [5.0, 9.0]]
+    cache.reset()
+    assert (cache.get_seq_length(), cache.lengths) == (0, [])
+
+
+def test_generate_takes_it() -> None:
+    model = build("gemma3", "sdpa")
+    ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    ours = model.generate(ids, past_key_values=growing(model), **options)
+    assert torch.equal(ours, model.generate(ids, **options))
+
+
+def test_modes_mix() -> None:
+    cache = GrowingCache()
+    with torch.inference_mode():
+        cache.update(states([[1.0]]), states([[1.0]]), 0)
+        cache.update(states([[2.0]]), states([[2.0]]), 0)
+    keys, _ = cache.update(states([[3.0]]), states([[3.0]]), 0)
+    assert keys[0, 0, :, 0].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="require grad"):
+        cache.update(torch.ones(1, 2, 2, 3, requires_grad=True), torch.ones(1, 2, 2, 3), 0)
+
+
+def test_errors_say_what_was_expected() -> None:
+    cache = GrowingCache()
+    cache.update(states([[1.0, 2.0]] * 2), states([[1.0, 2.0]] * 2), 0)
+    with pytest.raises(ValueError, match=r"rejected is 3, expected 0 to 2"):
+        rollback(cache, 3)
+    with pytest.raises(ValueError, match=r"rejected is -1 of row 1, expected 0 to 2"):
+        rollback(cache, torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match=r"rejected has 3 numbers, expected 2"):
+        rollback(cache, torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"states have shape \(1, 2, 1, 3\), expected \[2, 2, q, 3\]"):
+        cache.update(states([[1.0]]), states([[1.0]]), 0)
+    config = Qwen2Config(**SIZES)
+    config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match="layer 1 is of type linear_attention"):
+        GrowingCache(config)
+
+
+def test_ragged_rows_are_refused_where_the_attention_takes_no_mask() -> None:
+    model = build("qwen2", "sdpa")
+    cache = growing(model)
+    for layer in range(3):
+        cache.update(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), layer)
+    rollback(cache, torch.tensor([0, 2]))
+    model.config._attn_implementation = "flash_attention_2"
+    assert step_inputs(model, cache, torch.zeros(2, 1))["attention_mask"].shape == (2, 6)
+    with pytest.raises(ModelError, match="'flash_attention_2' takes none"):
+        step_inputs(model, cache, torch.zeros(2, 3))
