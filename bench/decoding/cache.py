@@ -1,8 +1,8 @@
 """What a decode step's cache costs: `GrowingCache` against transformers' ``DynamicCache``, without a model around it.
 
 A step appends one token's keys and values to every layer and takes what attention would read; every fifth step rolls
-five tokens back, so that the context stays as long as it is. The floor writes the same bytes into flat memory, one layer at a
-time. A ragged rollback lets each row of a batch forget its own number of tokens and appends the next token.
+five tokens back, so that the context stays as long as it is. The floor writes the same bytes into flat memory, one
+layer at a time. A ragged rollback lets each row of a batch forget its own number of tokens and appends the next token.
 
 ``python -m bench.decoding.cache [--quick] [--threads N] [--json FILE]``
 """

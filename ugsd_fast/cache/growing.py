@@ -62,7 +62,10 @@ class GrowingLayer(DynamicLayer):
         self._base = 0
         self._length = 0  # of the longest row
         self._lengths: list[int] | None = None  # where rows differ
-        self._forget_slots()
+        self._step_shape = torch.Size()
+        self._is_inference = False
+        self._first_slot = 0
+        self._slots: list[tuple[Tensor, Tensor]] = []  # of the next steps, from token _first_slot on
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -117,19 +120,19 @@ class GrowingLayer(DynamicLayer):
         length = self._length
         if key_states.shape == self._step_shape:
             index = length - self._first_slot
-            if 0 <= index < len(self._key_slots):
-                self._key_slots[index].copy_(key_states)
-                self._value_slots[index].copy_(value_states)
-                self._length = length + 1
+            if 0 <= index < len(self._slots) and (not self._is_inference or torch.is_inference_mode_enabled()):
+                key_slot, value_slot = self._slots[index]
+                key_slot.copy_(key_states)
+                value_slot.copy_(value_states)
+                self._length = end = length + 1
                 if self.sliding_window is None:
-                    size = (*self._step_shape[:2], length + 1)
-                    (keys, values), (key_strides, value_strides) = self._storage, self._strides
+                    batch, heads, _, key_width = self._step_shape
                     return (
-                        keys.as_strided((*size, self._step_shape[3]), key_strides),
-                        values.as_strided((*size, self._value_size), value_strides),
+                        self._keys.as_strided((batch, heads, end, key_width), self._key_strides),
+                        self._values.as_strided((batch, heads, end, self._value_width), self._value_strides),
                     )
-                first = max(length - self.sliding_window + 1, 0)
-                return self._view(0, first, length + 1), self._view(1, first, length + 1)
+                first = max(end - self.sliding_window, 0)
+                return self._view(0, first, end), self._view(1, first, end)
         return self._append(key_states, value_states)
 
     def rollback(self, rejected: int | Sequence[int]) -> None:
@@ -199,9 +202,7 @@ class GrowingLayer(DynamicLayer):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if key_states.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "GrowingCache: the states require grad, expected a forward under no_grad or inference_mode"
-            )
+            raise ValueError("GrowingCache: the states require grad, expected a forward under no_grad")
         if not self.is_initialized:
             window = self.sliding_window
             if window is not None and key_states.shape[2] > window + self._max_rollback:
@@ -212,6 +213,8 @@ class GrowingLayer(DynamicLayer):
                 f"GrowingCache: states have shape {tuple(key_states.shape)}, expected "
                 f"[{self._step_shape[0]}, {self._step_shape[1]}, q, {self._step_shape[3]}] (the rows in the cache)"
             )
+        if self._is_inference and not torch.is_inference_mode_enabled():  # such tensors cannot be written here
+            self._set_storage(self._keys.clone(), self._values.clone())
         tokens = key_states.shape[2]
         first, column = self._first_visible(), self._reserve(tokens)
         assert self._storage is not None
@@ -263,52 +266,44 @@ class GrowingLayer(DynamicLayer):
         for storage, states in zip(self._storage, held, strict=True):
             storage.narrow(2, 0, kept).copy_(states)  # in the same storage only where the two are apart
         self._base += drop
-        self._forget_slots()
+        self._slots = []
         return kept
 
     def _allocate(self, keys_like: Tensor, values_like: Tensor, slots: int) -> None:
         self._capacity = 1 << (slots - 1).bit_length()
-        # Zeros, as a masked NaN would still be one. Outside inference mode, as its tensors cannot be written elsewhere.
-        with torch.inference_mode(False):
-            keys, values = (
-                like.new_zeros((*like.shape[:2], self._capacity, like.shape[3])) for like in (keys_like, values_like)
-            )
+        keys, values = (  # zeros, as a masked NaN would still be one
+            like.new_zeros((*like.shape[:2], self._capacity, like.shape[3])) for like in (keys_like, values_like)
+        )
         self._set_storage(keys, values)
         self.is_initialized = True
 
     def _set_storage(self, keys: Tensor, values: Tensor) -> None:
-        self._storage = keys, values
-        self._strides = keys.stride(), values.stride()
-        batch, heads, _, width = keys.shape
-        self._step_shape = torch.Size((batch, heads, 1, width))
-        self._value_size = values.shape[3]
-        self._key_slots = self._value_slots = ()
+        self._storage = self._keys, self._values = keys, values
+        self._key_strides, self._value_strides = self._strides = keys.stride(), values.stride()
+        self._step_shape = torch.Size((*keys.shape[:2], 1, keys.shape[3]))
+        self._value_width = values.shape[3]
+        self._is_inference = keys.is_inference()
+        self._slots = []
 
     def _make_slots(self, column: int) -> None:
         """Make the views that the next steps write into; one by one they would cost more than the writing."""
         assert self._storage is not None
         count = min(_CHUNK, self._capacity - column)
         self._first_slot = column + self._base
-        self._key_slots, self._value_slots = (storage.narrow(2, column, count).split(1, 2) for storage in self._storage)
-
-    def _forget_slots(self) -> None:
-        self._step_shape = getattr(self, "_step_shape", torch.Size()) if self.is_initialized else torch.Size()
-        self._first_slot = 0
-        self._key_slots: tuple[Tensor, ...] = ()
-        self._value_slots: tuple[Tensor, ...] = ()
+        keys, values = (storage.narrow(2, column, count).split(1, 2) for storage in self._storage)
+        self._slots = list(zip(keys, values, strict=True))
 
     def _set_lengths(self, lengths: list[int] | None, longest: int) -> None:
         self._length = longest
         ragged = lengths is not None and min(lengths) < longest
         self._lengths = lengths if ragged else None
         if ragged:
-            self._key_slots = self._value_slots = ()
+            self._slots = []
 
     def _replace_rows(self, rows: list[int]) -> None:
         assert self._storage is not None
         index = torch.tensor(rows, device=self._storage[0].device)
-        with torch.inference_mode(False):
-            keys, values = (storage.index_select(0, index) for storage in self._storage)
+        keys, values = (storage.index_select(0, index) for storage in self._storage)
         self._set_storage(keys, values)
         if self._lengths is not None and rows:
             lengths = [self._lengths[row] for row in rows]

@@ -135,8 +135,8 @@ def rollback(cache: Cache, rejected: int | Tensor, *, mask: Tensor | None = None
             _check_window(index, layer, fewest)
             layer.crop(-fewest)
     if max(counts) > fewest:
-        assert mask is not None and isinstance(rejected, Tensor)
-        kept = length - rejected.to(mask.device)[:, None]
+        assert mask is not None
+        kept = length - torch.tensor(counts, device=mask.device)[:, None]
         mask[:, :length].masked_fill_(torch.arange(length, device=mask.device) >= kept, 0)
     return cache
 
@@ -188,8 +188,8 @@ def _check_layers(cache: Cache) -> None:
             reason = "it has no crop"
         if reason is not None:
             raise ModelError(
-                f"rollback: layer {index} of {type(cache).__name__} is a {bases[0]}, expected a layer that can be cropped "
-                f"({reason}, so rejected draft tokens would stay in it)"
+                f"rollback: layer {index} of {type(cache).__name__} is a {bases[0]}, expected a layer that can be "
+                f"cropped ({reason}, so rejected draft tokens would stay in it)"
             )
 
 
@@ -198,8 +198,8 @@ def _check_holes(cache: Cache, counts: list[int], length: int, mask: Tensor | No
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False) or "Indexed" in type(layer).__name__:
             raise ModelError(
-                f"rollback: layer {index} is a {type(layer).__name__}, expected one number for all rows or a GrowingCache "
-                "(a window counts slots: holes would push tokens out of it)"
+                f"rollback: layer {index} is a {type(layer).__name__}, expected one number for all rows or a "
+                "GrowingCache (a window counts slots: holes would push tokens out of it)"
             )
     if mask is None:
         raise ValueError(

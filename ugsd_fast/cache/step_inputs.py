@@ -107,9 +107,7 @@ def _windows(cache: Cache) -> dict[str, int | None]:
     layers = [layer for layer in cache.layers if not hasattr(layer, "is_sliding") or layer.keys is not None]
     windows = {layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)}
     if len(windows) > 1:
-        raise ModelError(
-            f"step_inputs: layers have windows of {sorted(windows)}, expected one for rows of a length each"
-        )
+        raise ModelError(f"step_inputs: layers have windows of {sorted(windows)}, expected one for ragged rows")
     kinds: dict[str, int | None] = {}
     if any(getattr(layer, "is_sliding", None) is False for layer in layers):
         kinds["full_attention"] = None
