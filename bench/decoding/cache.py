@@ -87,6 +87,7 @@ def measure_ragged(batch: int, context: int, settings: Settings) -> Row:
 
     own = fresh(GrowingCache(capacity=2 * context))
     holes, compacted = fresh(DynamicCache()), fresh(DynamicCache())
+    rollback(own, torch.arange(batch))  # from here on every append is a ragged one
     kept = 5 - rejected
 
     def in_place() -> None:

@@ -351,7 +351,7 @@ class GrowingCache(DynamicCache):
                 f"GrowingCache: capacity is {capacity} and max_rollback {max_rollback}, expected at least 1 and 0"
             )
         super().__init__()
-        layer = partial(GrowingLayer, capacity=capacity, max_rollback=max_rollback)
+        layer: Any = partial(GrowingLayer, capacity=capacity, max_rollback=max_rollback)
         if config is None:
             self.layer_class_to_replicate = layer
             return
@@ -387,7 +387,8 @@ class GrowingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append states [B, H, q, D] to a layer and return all that it holds, [B, H, T, D], as views."""
         if layer_idx < len(self.layers):
-            return self.layers[layer_idx].update(key_states, value_states)
+            layer: Any = self.layers[layer_idx]
+            return layer.update(key_states, value_states)
         return super().update(key_states, value_states, layer_idx)
 
     def rollback(self, rejected: int | Tensor | Sequence[int]) -> GrowingCache:

@@ -128,7 +128,8 @@ def rollback(cache: Cache, rejected: int | Tensor, *, mask: Tensor | None = None
     fewest = min(counts)
     if max(counts) > fewest:
         _check_holes(own, counts, length, mask)
-    for index, layer in enumerate(own.layers):
+    layers: list[Any] = own.layers
+    for index, layer in enumerate(layers):
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.sub_(fewest)
         elif fewest or getattr(layer, "is_sliding", False):
@@ -164,7 +165,8 @@ def compact(cache: Cache, mask: Tensor) -> Tensor:
     >>> compact(cache, torch.tensor([[1, 0, 1, 0], [1, 1, 0, 1]])).tolist()
     [[0, 1, 1], [1, 1, 1]]
     """
-    layers = [layer for layer in _self_attention(cache).layers if layer.keys is not None]
+    held: list[Any] = _self_attention(cache).layers
+    layers = [layer for layer in held if layer.keys is not None]
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
             raise ModelError(f"compact: layer {index} is a {type(layer).__name__}, expected a DynamicLayer")

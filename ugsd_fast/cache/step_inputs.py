@@ -104,7 +104,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
 
 def _windows(cache: Cache) -> dict[str, int | None]:
     """Window of each kind of layer that a cache has."""
-    layers = [layer for layer in cache.layers if not hasattr(layer, "is_sliding") or layer.keys is not None]
+    layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     windows = {layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)}
     if len(windows) > 1:
         raise ModelError(f"step_inputs: layers have windows of {sorted(windows)}, expected one for ragged rows")
