@@ -56,7 +56,8 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     Examples
     --------
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
-    >>> model = Qwen2ForCausalLM(Qwen2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    >>> sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "pad_token_id": None}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(vocab_size=9, hidden_size=8, intermediate_size=8, **sizes))
     >>> cache = GrowingCache(model.config)
     >>> ids = torch.ones(2, 3, dtype=torch.long)
     >>> with torch.no_grad():
