@@ -165,8 +165,9 @@ def test_windows_of_transformers_roll_all_rows_back() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
 @torch.inference_mode()
-def test_encoder_decoder_caches_roll_the_decoder_back(own: bool, attention: str) -> None:
+def test_encoder_decoder_caches_roll_the_decoder_back(own: bool, ragged: bool, attention: str) -> None:
     config = WhisperConfig(
         vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, num_mel_bins=8,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=10, init_std=0.2,
@@ -175,22 +176,28 @@ def test_encoder_decoder_caches_roll_the_decoder_back(own: bool, attention: str)
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config).eval()
-    encoded = model.model.encoder(torch.randn(2, 8, 20))
+    encoded = model.model.encoder(torch.randn(4, 8, 20)).last_hidden_state
     cache = EncoderDecoderCache(GrowingCache() if own else DynamicCache(), DynamicCache())
-    final = torch.randint(4, VOCAB, (2, 7))
-    model(encoder_outputs=encoded, decoder_input_ids=final, past_key_values=cache)
+    prompt = torch.randint(4, VOCAB, (4, 7))
+    model(encoder_outputs=(encoded,), decoder_input_ids=prompt, past_key_values=cache)
     enable_rollback(cache)
-    for rejected in (2, 0, 4, 5):
-        block = torch.randint(4, VOCAB, (2, 5))
-        positions = torch.arange(final.shape[1], final.shape[1] + 5).expand(2, -1)
-        logits = model(
-            encoder_outputs=encoded, decoder_input_ids=block, decoder_position_ids=positions, past_key_values=cache
-        ).logits
-        fresh = model(encoder_outputs=encoded, decoder_input_ids=torch.cat([final, block], 1), use_cache=False).logits
-        torch.testing.assert_close(logits, fresh[:, -5:], rtol=1e-5, atol=1e-5)
-        assert rollback(cache, rejected) is cache
-        final = torch.cat([final, block[:, : 5 - rejected]], 1)
-        assert cache.get_seq_length() == final.shape[1]
+    rows, mask = prompt.tolist(), None if own or not ragged else torch.ones(4, 7).long()
+    for rejected in ([2, 0, 4, 1], [0, 0, 1, 0], [5, 1, 3, 0], [1, 1, 1, 1]):
+        block = torch.randint(4, VOCAB, (4, 5))
+        step = step_inputs(model, cache, block, mask)
+        places = {"decoder_attention_mask": step["attention_mask"], "decoder_position_ids": step["position_ids"]}
+        fed = {"encoder_outputs": (encoded,), "decoder_input_ids": block, "past_key_values": cache}
+        logits = model(**fed, **places).logits
+        for row in range(4):
+            alone = torch.tensor([rows[row] + block[row].tolist()])
+            fresh = model(encoder_outputs=(encoded[row : row + 1],), decoder_input_ids=alone, use_cache=False).logits
+            torch.testing.assert_close(logits[row], fresh[0, -5:], rtol=1e-5, atol=1e-5)
+        counts = rejected if ragged else [rejected[0]] * 4
+        if mask is not None:
+            mask = nn.functional.pad(mask, (0, 5), value=1)
+        assert rollback(cache, torch.tensor(counts), mask=mask) is cache
+        mask = None if mask is None else mask[:, : cache.get_seq_length()]
+        rows = [row + new[: 5 - count] for row, new, count in zip(rows, block.tolist(), counts, strict=True)]
     assert cache.cross_attention_cache.get_seq_length() == 10
 
 

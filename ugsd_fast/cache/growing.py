@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache, get_layer_types_and_kwargs
 
 from ugsd_fast.errors import ModelError
 
 MIN_CAPACITY = 64
-MAX_ROLLBACK = 64
+MAX_ROLLBACK = 256
 _CHUNK = 64  # slots whose views are made at once
 _HELD = ("full_attention", "sliding_attention", "dummy")
 
@@ -418,6 +418,11 @@ class GrowingCache(DynamicCache):
             if isinstance(layer, GrowingLayer):
                 return layer if layer.is_initialized else None
         return None
+
+
+def self_attention(cache: Cache) -> Cache:
+    """Return the part of a cache that grows with the text: of an encoder-decoder's, the decoder's own."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _counts(rejected: int | Tensor | Sequence[int], lengths: Sequence[int]) -> list[int]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ugsd_fast import ops
-from ugsd_fast.cache.growing import GrowingCache
+from ugsd_fast.cache.growing import GrowingCache, self_attention
 from ugsd_fast.errors import ModelError
 
 # By base class, as some say that they can be cropped although their state does not come back (transformers 5.23).
@@ -66,7 +66,7 @@ def enable_rollback(cache: Cache) -> None:
     >>> _ = cache.update(torch.zeros(1, 2, 7, 4), torch.zeros(1, 2, 7, 4), 0)
     >>> enable_rollback(cache)
     """
-    own = _self_attention(cache)
+    own = self_attention(cache)
     if isinstance(own, GrowingCache):
         return
     _check_layers(own)
@@ -115,7 +115,7 @@ def rollback(cache: Cache, rejected: int | Tensor, *, mask: Tensor | None = None
     >>> mask[:, :length].tolist()
     [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
     """
-    own = _self_attention(cache)
+    own = self_attention(cache)
     if isinstance(own, GrowingCache):
         own.rollback(rejected)
         return cache
@@ -165,7 +165,7 @@ def compact(cache: Cache, mask: Tensor) -> Tensor:
     >>> compact(cache, torch.tensor([[1, 0, 1, 0], [1, 1, 0, 1]])).tolist()
     [[0, 1, 1], [1, 1, 1]]
     """
-    held: list[Any] = _self_attention(cache).layers
+    held: list[Any] = self_attention(cache).layers
     layers = [layer for layer in held if layer.keys is not None]
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
@@ -176,10 +176,6 @@ def compact(cache: Cache, mask: Tensor) -> Tensor:
     for layer in layers:
         layer.keys, layer.values = layer.keys[:, :, slots - longest :], layer.values[:, :, slots - longest :]
     return (torch.arange(longest, device=mask.device) >= longest - kept[:, None]).to(mask.dtype)
-
-
-def _self_attention(cache: Cache) -> Cache:
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _check_layers(cache: Cache) -> None:

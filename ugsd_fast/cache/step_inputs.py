@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ugsd_fast.cache.growing import GrowingCache
+from ugsd_fast.cache.growing import GrowingCache, self_attention
 from ugsd_fast.errors import ModelError
 
 _MASKED = {"sdpa": None, "eager": "float"}  # implementations that take a 4-D mask: bool, or numbers to add
@@ -29,7 +29,8 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     model : transformers.PreTrainedModel
         Its attention implementation, dtype and layer types decide the form of the mask.
     cache : transformers.Cache
-        A `GrowingCache`, whose rows may differ in length, or any other that `rollback` supports.
+        A `GrowingCache`, whose rows may differ in length, or any other that `rollback` supports. With an
+        ``EncoderDecoderCache`` the results are the decoder's: ``decoder_attention_mask``, ``decoder_position_ids``.
     tokens : LongTensor[B, q]
         The token ids that will be fed; only the shape and the device are read.
     mask : Tensor[B, T], optional
@@ -66,6 +67,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     >>> step["position_ids"].tolist(), step["attention_mask"].tolist()
     ([[2], [3]], [[1, 1, 1, 0], [1, 1, 1, 1]])
     """
+    cache = self_attention(cache)
     (batch, count), device = tokens.shape, tokens.device
     length = int(cache.get_seq_length())
     lengths = cache.lengths if isinstance(cache, GrowingCache) and cache.is_ragged else None
