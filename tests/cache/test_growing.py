@@ -315,7 +315,12 @@ def test_errors_say_what_was_expected() -> None:
         cache.update(states([[1.0]]), states([[1.0]]), 0)
     config = Qwen2Config(**SIZES)
     config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(ModelError, match="layer 1 is of type linear_attention"):
+    with pytest.raises(ModelError, match="layer 1 is a LinearAttentionLayer"):
+        GrowingCache(config)
+    config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    config.attention_chunk_size = 4
+    assert not GrowingCache.supports(config)
+    with pytest.raises(ModelError, match="layer 1 is a DynamicSlidingWindowLayer of attention in chunks"):
         GrowingCache(config)
 
 

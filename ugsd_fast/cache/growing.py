@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, EncoderDecoderCache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from ugsd_fast.errors import ModelError
 
 MIN_CAPACITY = 64
 MAX_ROLLBACK = 256
 _CHUNK = 64  # slots whose views are made at once
-_HELD = ("full_attention", "sliding_attention", "dummy")
 
 
 class GrowingLayer(DynamicLayer):
@@ -355,18 +354,20 @@ class GrowingCache(DynamicCache):
         if config is None:
             self.layer_class_to_replicate = layer
             return
-        kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         self.layer_class_to_replicate = None
-        for index, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
-            if kind not in _HELD:
-                raise ModelError(f"GrowingCache: layer {index} is of type {kind}, expected one of {list(_HELD)}")
-            self.layers.append(DummyLayer() if kind == "dummy" else layer(**given))
+        for index, (theirs, held) in enumerate(_layers(config)):
+            if not held:
+                chunks = " of attention in chunks" if type(theirs) is DynamicSlidingWindowLayer else ""
+                kind = type(theirs).__name__ + chunks
+                raise ModelError(f"GrowingCache: layer {index} is a {kind}, expected full or sliding-window attention")
+            if isinstance(theirs, DynamicLayer):
+                theirs = layer(sliding_window=getattr(theirs, "sliding_window", None))
+            self.layers.append(theirs)
 
     @staticmethod
     def supports(config: Any) -> bool:
         """Whether every layer of a model is one that this cache can hold."""
-        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        return set(kinds) <= set(_HELD)
+        return all(held for _, held in _layers(config))
 
     @property
     def lengths(self) -> list[int]:
@@ -418,6 +419,17 @@ class GrowingCache(DynamicCache):
             if isinstance(layer, GrowingLayer):
                 return layer if layer.is_initialized else None
         return None
+
+
+def _layers(config: Any) -> list[tuple[Any, bool]]:
+    """Layers that transformers would make for a model, and whether a `GrowingLayer` can stand for each or none need."""
+    text = config.get_text_config(decoder=True)
+    chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ())
+    held: set[type] = {DynamicLayer}
+    if not chunked and getattr(text, "attention_chunk_size", None) is None:
+        held.add(DynamicSlidingWindowLayer)
+    layers: list[Any] = DynamicCache(config=text).layers
+    return [(layer, type(layer) in held or type(layer).__name__ == "DummyLayer") for layer in layers]
 
 
 def self_attention(cache: Cache) -> Cache:
