@@ -15,6 +15,8 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
@@ -56,8 +58,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "gemma3n, shared keys": lambda: Gemma3nTextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=4,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
 }
-CLASSES = {"qwen2": Qwen2ForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM, "gemma3": Gemma3ForCausalLM}
+CLASSES = {
+    "gemma3n, shared keys": Gemma3nForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
+    "gemma3": Gemma3ForCausalLM,
+}
 
 
 def build(family: str, attention: str) -> Any:
