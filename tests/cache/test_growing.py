@@ -277,6 +277,22 @@ def test_windows_do_not_grow() -> None:
     assert cache.get_seq_length() == 1000
 
 
+def test_a_window_holds_its_tokens_over_many_moves() -> None:
+    config = Gemma3TextConfig(**SIZES | {"num_hidden_layers": 1}, sliding_window=3, layer_types=["sliding_attention"])
+    cache, row = GrowingCache(config, capacity=1, max_rollback=4), list[float]()
+    generator = torch.Generator().manual_seed(5)
+    for token in range(600):
+        count, rejected = (int(torch.randint(1, 5, (), generator=generator)) for _ in range(2))
+        row += [token + i / 8 for i in range(count)]
+        keys, values = cache.update(states([row[-count:]]), -states([row[-count:]]), 0)
+        assert keys[0, 1, :, 2].tolist() == row[max(len(row) - count - 2, 0) :]
+        assert torch.equal(keys, -values)
+        rejected = min(rejected, count) * (token % 3 > 0)
+        rollback(cache, rejected)
+        del row[len(row) - rejected :]
+    assert cache.layers[0].capacity <= 32
+
+
 def test_a_window_refuses_to_bring_back_what_it_dropped() -> None:
     cache = GrowingCache(CONFIGS["gemma3"](), capacity=8, max_rollback=4)
     for layer in range(3):
