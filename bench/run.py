@@ -77,7 +77,8 @@ def main() -> None:
     options = ["--quick"] if arguments.quick else []
     options += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
     run_kernels(arguments.ops, threads, options, results / "kernels.json")
-    write(results / "overhead.json", run_module("bench.decoding.overhead", 1, options))
+    for name in ("overhead", "cache"):
+        write(results / f"{name}.json", run_module(f"bench.decoding.{name}", 1, options))
     if arguments.quick:
         summary.write(results, docs=results, readme=None)
     else:

@@ -1,4 +1,4 @@
-"""Key/value caches: one of our own that grows in place, and rolling rejected tokens back out of any of transformers'."""
+"""Key/value caches: one of our own that grows in place, and rollback of any that transformers has."""
 
 from ugsd_fast.cache.growing import GrowingCache
 from ugsd_fast.cache.rollback import compact, enable_rollback, new_cache, rollback

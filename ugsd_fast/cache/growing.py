@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from ugsd_fast.errors import ModelError
 
 MIN_CAPACITY = 64
-MAX_ROLLBACK = 64
+MAX_ROLLBACK = 256
 _CHUNK = 64  # slots whose views are made at once
-_HELD = ("full_attention", "sliding_attention", "dummy")
 
 
 class GrowingLayer(DynamicLayer):
@@ -62,7 +61,10 @@ class GrowingLayer(DynamicLayer):
         self._base = 0
         self._length = 0  # of the longest row
         self._lengths: list[int] | None = None  # where rows differ
-        self._forget_slots()
+        self._step_shape = torch.Size()
+        self._is_inference = False
+        self._first_slot = 0
+        self._slots: list[tuple[Tensor, Tensor]] = []  # of the next steps, from token _first_slot on
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -117,19 +119,19 @@ class GrowingLayer(DynamicLayer):
         length = self._length
         if key_states.shape == self._step_shape:
             index = length - self._first_slot
-            if 0 <= index < len(self._key_slots):
-                self._key_slots[index].copy_(key_states)
-                self._value_slots[index].copy_(value_states)
-                self._length = length + 1
+            if 0 <= index < len(self._slots) and (not self._is_inference or torch.is_inference_mode_enabled()):
+                key_slot, value_slot = self._slots[index]
+                key_slot.copy_(key_states)
+                value_slot.copy_(value_states)
+                self._length = end = length + 1
                 if self.sliding_window is None:
-                    size = (*self._step_shape[:2], length + 1)
-                    (keys, values), (key_strides, value_strides) = self._storage, self._strides
+                    batch, heads, _, key_width = self._step_shape
                     return (
-                        keys.as_strided((*size, self._step_shape[3]), key_strides),
-                        values.as_strided((*size, self._value_size), value_strides),
+                        self._keys.as_strided((batch, heads, end, key_width), self._key_strides),
+                        self._values.as_strided((batch, heads, end, self._value_width), self._value_strides),
                     )
-                first = max(length - self.sliding_window + 1, 0)
-                return self._view(0, first, length + 1), self._view(1, first, length + 1)
+                first = max(end - self.sliding_window, 0)
+                return self._view(0, first, end), self._view(1, first, end)
         return self._append(key_states, value_states)
 
     def rollback(self, rejected: int | Sequence[int]) -> None:
@@ -199,7 +201,7 @@ class GrowingLayer(DynamicLayer):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if key_states.requires_grad and torch.is_grad_enabled():
-            raise ValueError("GrowingCache: the states require grad, expected a forward under no_grad or inference_mode")
+            raise ValueError("GrowingCache: the states require grad, expected a forward under no_grad")
         if not self.is_initialized:
             window = self.sliding_window
             if window is not None and key_states.shape[2] > window + self._max_rollback:
@@ -210,6 +212,8 @@ class GrowingLayer(DynamicLayer):
                 f"GrowingCache: states have shape {tuple(key_states.shape)}, expected "
                 f"[{self._step_shape[0]}, {self._step_shape[1]}, q, {self._step_shape[3]}] (the rows in the cache)"
             )
+        if self._is_inference and not torch.is_inference_mode_enabled():  # such tensors cannot be written here
+            self._set_storage(self._keys.clone(), self._values.clone())
         tokens = key_states.shape[2]
         first, column = self._first_visible(), self._reserve(tokens)
         assert self._storage is not None
@@ -230,12 +234,13 @@ class GrowingLayer(DynamicLayer):
     def _begin_behind(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Take a prompt longer than the window, of which only the end is kept; all of it is attended to once."""
         tokens = key_states.shape[2]
-        kept = self._kept_behind_window()
-        ends = key_states[:, :, -kept:], value_states[:, :, -kept:]
-        self.lazy_initialization(*ends)
-        self._base, self._length = tokens - kept, tokens - kept
-        self._reserve(kept)
-        self._append(*ends)
+        kept = max(self._kept_behind_window(), 1)
+        self._allocate(key_states, value_states, max(self._min_capacity, kept))
+        assert self._storage is not None
+        for storage, states in zip(self._storage, (key_states, value_states), strict=True):
+            storage.narrow(2, 0, kept).copy_(states.narrow(2, tokens - kept, kept))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._base, self._length = tokens - kept, tokens
         return key_states, value_states
 
     def _kept_behind_window(self) -> int:
@@ -260,52 +265,44 @@ class GrowingLayer(DynamicLayer):
         for storage, states in zip(self._storage, held, strict=True):
             storage.narrow(2, 0, kept).copy_(states)  # in the same storage only where the two are apart
         self._base += drop
-        self._forget_slots()
+        self._slots = []
         return kept
 
     def _allocate(self, keys_like: Tensor, values_like: Tensor, slots: int) -> None:
         self._capacity = 1 << (slots - 1).bit_length()
-        # Zeros, as a masked NaN would still be one. Outside inference mode, as its tensors cannot be written elsewhere.
-        with torch.inference_mode(False):
-            keys, values = (
-                like.new_zeros((*like.shape[:2], self._capacity, like.shape[3])) for like in (keys_like, values_like)
-            )
+        keys, values = (  # zeros, as a masked NaN would still be one
+            like.new_zeros((*like.shape[:2], self._capacity, like.shape[3])) for like in (keys_like, values_like)
+        )
         self._set_storage(keys, values)
         self.is_initialized = True
 
     def _set_storage(self, keys: Tensor, values: Tensor) -> None:
-        self._storage = keys, values
-        self._strides = keys.stride(), values.stride()
-        batch, heads, _, width = keys.shape
-        self._step_shape = torch.Size((batch, heads, 1, width))
-        self._value_size = values.shape[3]
-        self._key_slots = self._value_slots = ()
+        self._storage = self._keys, self._values = keys, values
+        self._key_strides, self._value_strides = self._strides = keys.stride(), values.stride()
+        self._step_shape = torch.Size((*keys.shape[:2], 1, keys.shape[3]))
+        self._value_width = values.shape[3]
+        self._is_inference = keys.is_inference()
+        self._slots = []
 
     def _make_slots(self, column: int) -> None:
         """Make the views that the next steps write into; one by one they would cost more than the writing."""
         assert self._storage is not None
         count = min(_CHUNK, self._capacity - column)
         self._first_slot = column + self._base
-        self._key_slots, self._value_slots = (storage.narrow(2, column, count).split(1, 2) for storage in self._storage)
-
-    def _forget_slots(self) -> None:
-        self._step_shape = getattr(self, "_step_shape", torch.Size()) if self.is_initialized else torch.Size()
-        self._first_slot = 0
-        self._key_slots: tuple[Tensor, ...] = ()
-        self._value_slots: tuple[Tensor, ...] = ()
+        keys, values = (storage.narrow(2, column, count).split(1, 2) for storage in self._storage)
+        self._slots = list(zip(keys, values, strict=True))
 
     def _set_lengths(self, lengths: list[int] | None, longest: int) -> None:
         self._length = longest
         ragged = lengths is not None and min(lengths) < longest
         self._lengths = lengths if ragged else None
         if ragged:
-            self._key_slots = self._value_slots = ()
+            self._slots = []
 
     def _replace_rows(self, rows: list[int]) -> None:
         assert self._storage is not None
         index = torch.tensor(rows, device=self._storage[0].device)
-        with torch.inference_mode(False):
-            keys, values = (storage.index_select(0, index) for storage in self._storage)
+        keys, values = (storage.index_select(0, index) for storage in self._storage)
         self._set_storage(keys, values)
         if self._lengths is not None and rows:
             lengths = [self._lengths[row] for row in rows]
@@ -353,22 +350,24 @@ class GrowingCache(DynamicCache):
                 f"GrowingCache: capacity is {capacity} and max_rollback {max_rollback}, expected at least 1 and 0"
             )
         super().__init__()
-        layer = partial(GrowingLayer, capacity=capacity, max_rollback=max_rollback)
+        layer: Any = partial(GrowingLayer, capacity=capacity, max_rollback=max_rollback)
         if config is None:
             self.layer_class_to_replicate = layer
             return
-        kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         self.layer_class_to_replicate = None
-        for index, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
-            if kind not in _HELD:
-                raise ModelError(f"GrowingCache: layer {index} is of type {kind}, expected one of {list(_HELD)}")
-            self.layers.append(DummyLayer() if kind == "dummy" else layer(**given))
+        for index, (theirs, held) in enumerate(_layers(config)):
+            if not held:
+                chunks = " of attention in chunks" if type(theirs) is DynamicSlidingWindowLayer else ""
+                kind = type(theirs).__name__ + chunks
+                raise ModelError(f"GrowingCache: layer {index} is a {kind}, expected full or sliding-window attention")
+            if isinstance(theirs, DynamicLayer):
+                theirs = layer(sliding_window=getattr(theirs, "sliding_window", None))
+            self.layers.append(theirs)
 
     @staticmethod
     def supports(config: Any) -> bool:
         """Whether every layer of a model is one that this cache can hold."""
-        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        return set(kinds) <= set(_HELD)
+        return all(held for _, held in _layers(config))
 
     @property
     def lengths(self) -> list[int]:
@@ -389,7 +388,8 @@ class GrowingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append states [B, H, q, D] to a layer and return all that it holds, [B, H, T, D], as views."""
         if layer_idx < len(self.layers):
-            return self.layers[layer_idx].update(key_states, value_states)
+            layer: Any = self.layers[layer_idx]
+            return layer.update(key_states, value_states)
         return super().update(key_states, value_states, layer_idx)
 
     def rollback(self, rejected: int | Tensor | Sequence[int]) -> GrowingCache:
@@ -419,6 +419,22 @@ class GrowingCache(DynamicCache):
             if isinstance(layer, GrowingLayer):
                 return layer if layer.is_initialized else None
         return None
+
+
+def _layers(config: Any) -> list[tuple[Any, bool]]:
+    """Layers that transformers would make for a model, and whether a `GrowingLayer` can stand for each or none need."""
+    text = config.get_text_config(decoder=True)
+    chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ())
+    held: set[type] = {DynamicLayer}
+    if not chunked and getattr(text, "attention_chunk_size", None) is None:
+        held.add(DynamicSlidingWindowLayer)
+    layers: list[Any] = DynamicCache(config=text).layers
+    return [(layer, type(layer) in held or type(layer).__name__ == "DummyLayer") for layer in layers]
+
+
+def self_attention(cache: Cache) -> Cache:
+    """Return the part of a cache that grows with the text: of an encoder-decoder's, the decoder's own."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _counts(rejected: int | Tensor | Sequence[int], lengths: Sequence[int]) -> list[int]:

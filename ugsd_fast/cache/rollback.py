@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ugsd_fast import ops
-from ugsd_fast.cache.growing import GrowingCache
+from ugsd_fast.cache.growing import GrowingCache, self_attention
 from ugsd_fast.errors import ModelError
 
 # By base class, as some say that they can be cropped although their state does not come back (transformers 5.23).
@@ -66,7 +66,7 @@ def enable_rollback(cache: Cache) -> None:
     >>> _ = cache.update(torch.zeros(1, 2, 7, 4), torch.zeros(1, 2, 7, 4), 0)
     >>> enable_rollback(cache)
     """
-    own = _self_attention(cache)
+    own = self_attention(cache)
     if isinstance(own, GrowingCache):
         return
     _check_layers(own)
@@ -115,7 +115,7 @@ def rollback(cache: Cache, rejected: int | Tensor, *, mask: Tensor | None = None
     >>> mask[:, :length].tolist()
     [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
     """
-    own = _self_attention(cache)
+    own = self_attention(cache)
     if isinstance(own, GrowingCache):
         own.rollback(rejected)
         return cache
@@ -128,15 +128,16 @@ def rollback(cache: Cache, rejected: int | Tensor, *, mask: Tensor | None = None
     fewest = min(counts)
     if max(counts) > fewest:
         _check_holes(own, counts, length, mask)
-    for index, layer in enumerate(own.layers):
+    layers: list[Any] = own.layers
+    for index, layer in enumerate(layers):
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.sub_(fewest)
         elif fewest or getattr(layer, "is_sliding", False):
             _check_window(index, layer, fewest)
             layer.crop(-fewest)
     if max(counts) > fewest:
-        assert mask is not None and isinstance(rejected, Tensor)
-        kept = length - rejected.to(mask.device)[:, None]
+        assert mask is not None
+        kept = length - torch.tensor(counts, device=mask.device)[:, None]
         mask[:, :length].masked_fill_(torch.arange(length, device=mask.device) >= kept, 0)
     return cache
 
@@ -164,7 +165,8 @@ def compact(cache: Cache, mask: Tensor) -> Tensor:
     >>> compact(cache, torch.tensor([[1, 0, 1, 0], [1, 1, 0, 1]])).tolist()
     [[0, 1, 1], [1, 1, 1]]
     """
-    layers = [layer for layer in _self_attention(cache).layers if layer.keys is not None]
+    held: list[Any] = self_attention(cache).layers
+    layers = [layer for layer in held if layer.keys is not None]
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
             raise ModelError(f"compact: layer {index} is a {type(layer).__name__}, expected a DynamicLayer")
@@ -176,10 +178,6 @@ def compact(cache: Cache, mask: Tensor) -> Tensor:
     return (torch.arange(longest, device=mask.device) >= longest - kept[:, None]).to(mask.dtype)
 
 
-def _self_attention(cache: Cache) -> Cache:
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
 def _check_layers(cache: Cache) -> None:
     for index, layer in enumerate(cache.layers):
         bases = [base.__name__ for base in type(layer).__mro__]
@@ -188,8 +186,8 @@ def _check_layers(cache: Cache) -> None:
             reason = "it has no crop"
         if reason is not None:
             raise ModelError(
-                f"rollback: layer {index} of {type(cache).__name__} is a {bases[0]}, expected a layer that can be cropped "
-                f"({reason}, so rejected draft tokens would stay in it)"
+                f"rollback: layer {index} of {type(cache).__name__} is a {bases[0]}, expected a layer that can be "
+                f"cropped ({reason}, so rejected draft tokens would stay in it)"
             )
 
 
@@ -198,8 +196,8 @@ def _check_holes(cache: Cache, counts: list[int], length: int, mask: Tensor | No
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False) or "Indexed" in type(layer).__name__:
             raise ModelError(
-                f"rollback: layer {index} is a {type(layer).__name__}, expected one number for all rows or a GrowingCache "
-                "(a window counts slots: holes would push tokens out of it)"
+                f"rollback: layer {index} is a {type(layer).__name__}, expected one number for all rows or a "
+                "GrowingCache (a window counts slots: holes would push tokens out of it)"
             )
     if mask is None:
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ugsd_fast.cache.growing import GrowingCache
+from ugsd_fast.cache.growing import GrowingCache, self_attention
 from ugsd_fast.errors import ModelError
 
 _MASKED = {"sdpa": None, "eager": "float"}  # implementations that take a 4-D mask: bool, or numbers to add
@@ -29,7 +29,8 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     model : transformers.PreTrainedModel
         Its attention implementation, dtype and layer types decide the form of the mask.
     cache : transformers.Cache
-        A `GrowingCache`, whose rows may differ in length, or any other that `rollback` supports.
+        A `GrowingCache`, whose rows may differ in length, or any other that `rollback` supports. With an
+        ``EncoderDecoderCache`` the results are the decoder's: ``decoder_attention_mask``, ``decoder_position_ids``.
     tokens : LongTensor[B, q]
         The token ids that will be fed; only the shape and the device are read.
     mask : Tensor[B, T], optional
@@ -56,7 +57,8 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     Examples
     --------
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
-    >>> model = Qwen2ForCausalLM(Qwen2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    >>> sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "pad_token_id": None}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(vocab_size=9, hidden_size=8, intermediate_size=8, **sizes))
     >>> cache = GrowingCache(model.config)
     >>> ids = torch.ones(2, 3, dtype=torch.long)
     >>> with torch.no_grad():
@@ -65,6 +67,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     >>> step["position_ids"].tolist(), step["attention_mask"].tolist()
     ([[2], [3]], [[1, 1, 1, 0], [1, 1, 1, 1]])
     """
+    cache = self_attention(cache)
     (batch, count), device = tokens.shape, tokens.device
     length = int(cache.get_seq_length())
     lengths = cache.lengths if isinstance(cache, GrowingCache) and cache.is_ragged else None
@@ -104,10 +107,10 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
 
 def _windows(cache: Cache) -> dict[str, int | None]:
     """Window of each kind of layer that a cache has."""
-    layers = [layer for layer in cache.layers if not hasattr(layer, "is_sliding") or layer.keys is not None]
+    layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     windows = {layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)}
     if len(windows) > 1:
-        raise ModelError(f"step_inputs: layers have windows of {sorted(windows)}, expected one for rows of a length each")
+        raise ModelError(f"step_inputs: layers have windows of {sorted(windows)}, expected one for ragged rows")
     kinds: dict[str, int | None] = {}
     if any(getattr(layer, "is_sliding", None) is False for layer in layers):
         kinds["full_attention"] = None
