@@ -96,7 +96,8 @@ def main() -> None:
     if "kernels" in arguments.parts:
         run_kernels(arguments.ops, threads, options, results / "kernels.json")
     if "decoding" in arguments.parts:
-        write(results / "overhead.json", run_module("bench.decoding.overhead", ["--threads", "1", *options]))
+        for name in ("overhead", "cache"):
+            write(results / f"{name}.json", run_module(f"bench.decoding.{name}", ["--threads", "1", *options]))
     for part, module in REPORTS.items():
         if part in arguments.parts and importlib.util.find_spec("triton") is None:
             print(f"== {module} left out: triton is not installed")

@@ -14,6 +14,7 @@ import torch
 
 from bench import harness, inputs, run, summary
 from bench.baselines import FILTERS, warp, warpers
+from bench.decoding import cache
 from bench.harness import FLOOR, QUICK, SUBJECT, Calls, Case, Settings, Target
 from bench.kernels import gate_block, kv_compact
 from bench.kernels.accept_block import VERDICTS, needed_rows
@@ -260,6 +261,15 @@ def test_summary_renders(kernels: dict[str, Any], tmp_path: Path) -> None:
     assert "old" not in text
     for headline in summary.HEADLINES:
         assert f"| `{headline.op}` | {headline.case} |" in text
+
+
+def test_the_cache_is_measured_and_reported() -> None:
+    step = cache.measure_step(64, SETTINGS)
+    ragged = cache.measure_ragged(3, 16, SETTINGS)
+    assert step["bytes"] == cache.LAYERS * 2 * cache.HEADS * cache.WIDTH * 2
+    lines = summary.cache_lines({"shape": "28 layers", "step": step, "ragged": ragged})
+    for name in (cache.OURS, cache.THEIRS, cache.FLOOR, cache.IN_PLACE, cache.HOLES, cache.COMPACTED):
+        assert any(line.startswith(f"| {name} |") for line in lines)
 
 
 def test_readme_section_of_the_embedded_pair() -> None:

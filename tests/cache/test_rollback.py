@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicSlidingWindowLayer,
+    Fp8QuantizedLayer,
+    LinearAttentionLayer,
+    QuantizedLayer,
+)
 
 from ugsd_fast.cache import enable_rollback, rollback
 from ugsd_fast.errors import ModelError
@@ -39,7 +45,7 @@ def test_rollback_is_a_view() -> None:
 def test_rollback_takes_one_number_for_all_rows() -> None:
     cache = filled(7, batch=2)
     assert rollback(cache, torch.tensor([3, 3])).get_seq_length() == 4
-    with pytest.raises(ValueError, match=r"rejected is \[1, 2\], expected one number"):
+    with pytest.raises(ValueError, match=r"rejected is \[1, 2\], expected one number.* or a mask"):
         rollback(cache, torch.tensor([1, 2]))
 
 
@@ -87,11 +93,32 @@ def test_sliding_windows_roll_back_exactly_and_do_not_grow() -> None:
 
 
 def test_caches_that_cannot_forget_are_refused_by_name() -> None:
-    static = StaticCache(config=Qwen2Config(num_hidden_layers=1), max_cache_len=8)
-    with pytest.raises(ModelError, match="layer 0 of StaticCache is a StaticLayer"):
-        enable_rollback(static)
+    sliding = StaticCache(config=sliding_model().config, max_cache_len=32)
+    with pytest.raises(ModelError, match="layer 1 of StaticCache is a StaticSlidingWindowLayer.*window overwrites"):
+        enable_rollback(sliding)
+    for kind in (Fp8QuantizedLayer, QuantizedLayer):
+        cache = filled(3)
+        cache.layers.append(object.__new__(type("Layer", (kind,), dict.fromkeys(kind.__abstractmethods__))))
+        with pytest.raises(ModelError, match="quantised storage cannot be cut"):
+            rollback(cache, 1)
+    cache = filled(3)
+    cache.layers.append(DummyLayer())
+    enable_rollback(cache)
+    assert rollback(cache, 2).get_seq_length() == 1
     cache = filled(3)
     recurrent = LinearAttentionLayer.__new__(LinearAttentionLayer)
     cache.layers.append(recurrent)
     with pytest.raises(ModelError, match="layer 2 .* LinearAttentionLayer.*recurrent state"):
         enable_rollback(cache)
+
+
+@torch.inference_mode()
+def test_windows_refuse_what_is_not_exact() -> None:
+    model = sliding_model()
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(2, 11, dtype=torch.long), past_key_values=cache)
+    enable_rollback(cache)
+    with pytest.raises(ModelError, match="layer 1 is a DynamicSlidingWindowLayer.*holes would push"):
+        rollback(cache, torch.tensor([1, 0]), mask=torch.ones(2, 11))
+    with pytest.raises(ValueError, match="rejected is 3, expected at most 0"):
+        rollback(cache, 3)

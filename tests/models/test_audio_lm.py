@@ -164,5 +164,5 @@ def test_unknown_missing_and_damaged_models_are_named(checkpoint: Callable[..., 
 
 def test_encoder_decoders_are_refused() -> None:
     config = T5Config(vocab_size=16, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
-    with pytest.raises(ModelError, match="encoder-decoder"):
+    with pytest.raises(ModelError, match="encoder-decoder of no known family"):
         AudioLM(T5ForConditionalGeneration(config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ugsd_fast.audio import load_audio
 from ugsd_fast.errors import ModelError
-from ugsd_fast.models.families import FAMILIES, Family, family_of
+from ugsd_fast.models.attention import best_attention
+from ugsd_fast.models.encoder_decoder import EncoderDecoderSequence
+from ugsd_fast.models.families import FAMILIES, REFUSED, Family, family_of, refuse_unsupported
 from ugsd_fast.models.processors import load_processor
 from ugsd_fast.models.sequence import CachedSequence
 
@@ -26,7 +28,7 @@ class AudioLM:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder-only model with a language-model head; it is put into eval mode.
+        A model of one of `FAMILIES`, or another decoder-only model with a language-model head; put into eval mode.
     processor : transformers.ProcessorMixin, optional
         Makes model inputs of audio and prompt. Without one, only prepared inputs can be decoded, and ``result.text``
         stays empty.
@@ -34,7 +36,8 @@ class AudioLM:
     Raises
     ------
     ModelError
-        If the model is an encoder-decoder or keeps a recurrent state, which cannot be rolled back.
+        If the model keeps a recurrent state, which cannot be rolled back, streams its audio through a codec, or is an
+        encoder-decoder of no known family.
 
     Examples
     --------
@@ -45,13 +48,7 @@ class AudioLM:
     """
 
     def __init__(self, model: Any, processor: Any = None):
-        if getattr(model, "_is_stateful", False):
-            raise ModelError(
-                f"AudioLM: {type(model).__name__} keeps a recurrent state, expected a key/value cache "
-                "(rejected draft tokens cannot be taken back out of a recurrent state)"
-            )
-        if model.config.is_encoder_decoder:
-            raise ModelError(f"AudioLM: {type(model).__name__} is an encoder-decoder, expected a decoder-only model")
+        refuse_unsupported(model)
         self.model = model.eval()
         self.processor = processor
         self.family: Family | None = family_of(model.config.model_type)
@@ -63,6 +60,7 @@ class AudioLM:
         *,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        attn_implementation: str | None = "auto",
         **kwargs: Any,
     ) -> AudioLM:
         """Load a model and its processor from the Hugging Face hub, or from a folder in the same layout.
@@ -76,8 +74,11 @@ class AudioLM:
             CPU has no fast float16 matrix product.
         device : str or torch.device, optional
             Where the model runs; by default a GPU if there is one.
+        attn_implementation : str, optional
+            ``"auto"`` takes FlashAttention 3 or 2 where it is installed and model, device and dtype allow it, SDPA
+            otherwise. Everything else, None too, goes to transformers.
         **kwargs
-            Passed on to transformers' ``from_pretrained`` (``attn_implementation``, ``revision``, ``device_map`` …).
+            Passed on to transformers' ``from_pretrained`` (``quantization_config``, ``revision``, ``device_map`` …).
 
         Raises
         ------
@@ -91,20 +92,31 @@ class AudioLM:
             config, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
             if not config:
                 raise ModelError(f"cannot load model {name}: it has no config.json")
-            family = family_of(config.get("model_type", ""))
+            model_type = config.get("model_type", "")
+            family = family_of(model_type)
+            if model_type in REFUSED:
+                raise ModelError(f"{name}: model type {model_type!r} is not supported: {REFUSED[model_type]}")
             if family is None:
                 raise ModelError(
                     f"{name}: model type is {config.get('model_type')!r}, expected one of "
                     f"{', '.join(family.model_types[0] for family in FAMILIES)}"
                 )
             model_class = getattr(transformers, family.model_class)
+            if attn_implementation == "auto":
+                attn_implementation = best_attention(model_class, config, dtype, target)
+            if kwargs.get("quantization_config") is not None:
+                kwargs.setdefault("device_map", {"": target})  # quantised weights are made where they stay
             model, loading = model_class.from_pretrained(
-                name, dtype="auto" if dtype is None else dtype, output_loading_info=True, **kwargs
+                name,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **kwargs,
             )
             processor = load_processor(family, name, **hub)
         except ModelError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -183,6 +195,11 @@ class AudioLM:
                 f"AudioLM: {type(self.model).__name__} has no processor, expected one to caption audio "
                 "(pass prepared model inputs instead: generate(inputs=...))"
             )
+        if not self.family.prepares:
+            raise ModelError(
+                f"AudioLM: inputs of {type(self.model).__name__} are not prepared from audio yet, expected prepared "
+                "model inputs: generate(inputs=...)"
+            )
         extractor = self.processor.feature_extractor
         clip = load_audio(audio, max_seconds=self.max_audio_seconds).resampled(extractor.sampling_rate)
         content = [{"type": "audio", "audio": clip.name}, {"type": "text", "text": prompt or DEFAULT_PROMPT}]
@@ -194,12 +211,10 @@ class AudioLM:
                 text=text,
                 audio=[clip.samples],
                 sampling_rate=extractor.sampling_rate,
-                padding=True,
-                padding_side="left",
                 return_tensors="pt",
             )
         )
-        self._check_placeholders(inputs)
+        self.check_placeholders(inputs)
         if self.family.trims_features:
             frames = int(inputs["feature_attention_mask"].sum(-1).max())
             for name in ("input_features", "feature_attention_mask"):
@@ -215,8 +230,18 @@ class AudioLM:
         }
 
     def open(self, inputs: dict[str, Tensor]) -> CachedSequence:
-        """Start a sequence of its own on prepared inputs; nothing is computed yet."""
-        return CachedSequence(self.model, self.to_device(inputs))
+        """Start a sequence of its own on prepared inputs; nothing is computed yet.
+
+        Raises
+        ------
+        ModelError
+            If the prompt has not as many audio placeholders as the audio needs.
+        """
+        self.check_placeholders(inputs)
+        inputs = self.to_device(inputs)
+        if self.family is not None and self.family.is_encoder_decoder:
+            return EncoderDecoderSequence(self.model, inputs)
+        return CachedSequence(self.model, inputs, self.family)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -224,16 +249,23 @@ class AudioLM:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _check_placeholders(self, inputs: dict[str, Any]) -> None:
-        assert self.family is not None
-        config = self.model.config
-        placeholders = int((inputs["input_ids"] == config.audio_token_id).sum())
-        frames = inputs["feature_attention_mask"].sum(-1).tolist()
-        features = sum(self.family.audio_tokens(config, count) for count in frames)
+    def check_placeholders(self, inputs: Mapping[str, Any]) -> None:
+        """Compare the prompt's audio placeholders with the tokens that the audio will fill.
+
+        Raises
+        ------
+        ModelError
+            If they differ: some families would silently drop the rest of the audio.
+        """
+        family, config = self.family, self.model.config
+        if family is None or family.audio_tokens is None or inputs.get(family.audio) is None:
+            return
+        placeholders = int((inputs["input_ids"] == family.audio_token_id(config)).sum())
+        features = family.audio_tokens(config, inputs)
         if placeholders != features or not placeholders:
             raise ModelError(
-                f"AudioLM: the prompt has {placeholders} audio placeholders, expected {features} for {frames} frames"
-                f" (does the processor belong to {type(self.model).__name__}?)"
+                f"AudioLM: the prompt has {placeholders} audio placeholders, expected {features} for {family.audio} "
+                f"{list(inputs[family.audio].shape)} (does the processor belong to {type(self.model).__name__}?)"
             )
 
 

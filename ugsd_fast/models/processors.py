@@ -25,8 +25,11 @@ _TOKENS = (
 def load_processor(family: Family, name: str, **hub: Any) -> Any:
     """Load the processor of a checkpoint; an omni model's without its image and video parts.
 
-    The full processors of the omni families need torchvision, for inputs that a caption of speech never has.
+    The full processors of the omni families need torchvision, for inputs that a caption of speech never has. Of a
+    family whose inputs are prepared elsewhere only the tokenizer is loaded, to decode with.
     """
+    if not family.prepares:
+        return transformers.AutoTokenizer.from_pretrained(name, **hub)
     processor_class = getattr(transformers, family.processor_class)
     if family.has_vision:
         processor_class = _without_vision(processor_class)

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
-from ugsd_fast.cache import enable_rollback, rollback
+from ugsd_fast.cache import enable_rollback, new_cache, rollback
+from ugsd_fast.errors import ModelError
+from ugsd_fast.models.families import Family
 
 
 class CachedSequence:
@@ -25,6 +27,8 @@ class CachedSequence:
     inputs : mapping of str to Tensor
         Model inputs of the prompt: ``input_ids`` [B, P], optionally ``attention_mask`` [B, P] (left-padded), and the
         audio tensors. These are given to the first forward only, so an audio tower runs once a request.
+    family : Family, optional
+        Quirks of the model's family.
 
     Attributes
     ----------
@@ -39,13 +43,18 @@ class CachedSequence:
     the next request would find it.
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor], family: Family | None = None):
         self._model = model
         self._prompt = dict(inputs)
-        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._hears = family is not None and family.audio in inputs
+        self._first_kwargs = family.forward_kwargs if family is not None and self._hears else {}
+        self._audio_token = family.audio_token_id(model.config) if family is not None and self._hears else None
+        self._toggles_adapter = family is not None and family.toggles_adapter
+        self._rope_switch = family.rope_switch(model.config) if family is not None else None
+        self._cache: Cache = new_cache(model.config)
         mask = self._prompt.pop("attention_mask", None)
         # [B, T] where rows are padded; without padding no step needs a mask.
-        self._mask = None if mask is None or bool(mask.all()) else mask.long()
+        self._mask: Tensor | None = None if mask is None or bool(mask.all()) else mask.long()
         self.length = 0
         self.forwards = 0
 
@@ -67,12 +76,20 @@ class CachedSequence:
         """
         first = self.length == 0
         keep = tokens.shape[1] + first if keep is None else keep
+        if first and self._audio_token is not None and bool((tokens == self._audio_token).any()):
+            # Drafted beside the audio, a placeholder would be taken for one of the prompt's.
+            last = self.forward(tokens[:, :0], keep=1)
+            logits = torch.cat([last, self.forward(tokens)], dim=1)
+            return logits[:, logits.shape[1] - keep :]
         ids, audio = tokens, {}
         if first:
-            audio = self._prompt
+            audio = {**self._prompt, **self._first_kwargs}
             ids = torch.cat([audio.pop("input_ids"), tokens], dim=1)
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
+        self._check_rope(ids.shape[1])
+        if self._toggles_adapter and getattr(self._model, "_hf_peft_config_loaded", False):
+            (self._model.enable_adapters if self._hears else self._model.disable_adapters)()
         with last_logits(self._model, keep if first else 0) as extra:
             logits = self._model(
                 input_ids=ids,
@@ -84,7 +101,7 @@ class CachedSequence:
                 **extra,
             ).logits
         if first:
-            audio.clear()
+            self._prompt.clear()
             enable_rollback(self._cache)
         self.length += ids.shape[1]
         self.forwards += 1
@@ -96,6 +113,14 @@ class CachedSequence:
         self.length -= rejected
         if self._mask is not None:
             self._mask = self._mask[:, : self.length]
+
+    def _check_rope(self, appended: int) -> None:
+        switch = self._rope_switch
+        if switch is not None and 0 < self.length <= switch < self.length + appended:
+            raise ModelError(
+                f"{type(self._model).__name__}: the sequence grows from {self.length} to {self.length + appended} "
+                f"tokens, expected at most {switch} (beyond, the rotary frequencies of cached tokens change)"
+            )
 
     def _position_ids(self, ids: Tensor) -> Tensor:
         if self._mask is not None:

@@ -1,0 +1,232 @@
+"""Every family through one loop: the verifier's own tokens, audio heard once, quirks as the entries say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.models.tiny import AUDIO_ID, FAMILIES, Tiny, build, processor
+from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
+from ugsd_fast.errors import ModelError
+from ugsd_fast.models.attention import best_attention
+from ugsd_fast.models.families import FAMILIES as ENTRIES
+from ugsd_fast.models.families import REFUSED, family_of
+from ugsd_fast.models.sequence import CachedSequence
+
+TOKENS = 32
+DRAFTERS: dict[str, dict[str, Any]] = {"copy": {}, "noisy": {"noise": 0.1}, "random": {"seed": 7}}
+LOSSLESS = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=-1)  # no token has this id
+PROMPTED = [name for name in FAMILIES if name not in ("whisper", "moonshine")]
+
+
+@pytest.fixture(scope="module")
+def verifiers() -> dict[str, Tiny]:
+    return {family: build(family) for family in FAMILIES}
+
+
+def greedy(tiny: Tiny, clip: int = 0) -> list[int]:
+    """What transformers' own ``generate`` makes of the same inputs."""
+    entry = family_of(tiny.model.config.model_type)
+    assert entry is not None
+    out = tiny.model.generate(**tiny.inputs(clip), **entry.forward_kwargs, max_new_tokens=TOKENS, do_sample=False)
+    return out[0, -TOKENS:].tolist()
+
+
+@contextmanager
+def counted(*towers: torch.nn.Module) -> Iterator[list[int]]:
+    calls = [0] * len(towers)
+
+    def count(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    hooks = [tower.register_forward_pre_hook(count(index)) for index, tower in enumerate(towers)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_every_entry_has_a_tiny_model() -> None:
+    built_elsewhere = {"qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe"}
+    assert {entry.model_types[0] for entry in ENTRIES} == set(FAMILIES) | built_elsewhere
+    for entry in ENTRIES:
+        assert hasattr(transformers, entry.model_class)
+        assert hasattr(transformers, entry.processor_class)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lossless_greedy_is_the_verifiers_own_generate(family: str, drafter: str, verifiers: dict[str, Tiny]) -> None:
+    target, draft = verifiers[family], build(family, **DRAFTERS[drafter])
+    decoder = Decoder(AudioLM(draft.model), LocalVerifier(AudioLM(target.model)), LOSSLESS)
+    with counted(draft.tower, target.tower) as calls:
+        result = decoder.generate(inputs=draft.inputs(), verifier_inputs=target.inputs(), max_new_tokens=TOKENS)
+    assert calls == [1, 1]
+    assert result.tokens == greedy(target)
+    if drafter == "copy":
+        assert result.metrics.acceptance_rate == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_drafter_hears_the_audio(family: str, verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers[family]
+    decoder = Decoder(AudioLM(tiny.model), None, LOSSLESS)
+    drafts = [decoder.generate(inputs=tiny.inputs(clip), max_new_tokens=TOKENS).tokens for clip in (0, 1)]
+    assert drafts == [greedy(tiny, clip) for clip in (0, 1)]
+    assert drafts[0] != drafts[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_after_a_rollback_equal_a_fresh_prefill(family: str, verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers[family]
+    generator = torch.Generator().manual_seed(3)
+    audio_lm = AudioLM(tiny.model)
+    sequence = audio_lm.open(tiny.inputs())
+    final: list[int] = []
+    for fed, rejected in [(0, 0), (5, 3), (1, 0), (7, 7), (4, 1)]:
+        tokens = torch.randint(3, 80, (1, fed), generator=generator)
+        sequence.forward(tokens)
+        sequence.rollback(rejected)
+        final += tokens[0, : fed - rejected].tolist()
+    probe = torch.randint(3, 80, (1, 3), generator=generator)
+    cached = sequence.forward(probe)
+    fresh = audio_lm.open(tiny.inputs()).forward(torch.cat([torch.tensor([final]), probe], 1), keep=3)
+    torch.testing.assert_close(cached, fresh, rtol=0, atol=1e-5 * float(fresh.abs().max()))
+
+
+@pytest.mark.parametrize("family", PROMPTED)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_placeholders_that_do_not_fit_the_audio_are_refused(family: str, more: int, verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers[family]
+    inputs = tiny.inputs()
+    ids = inputs["input_ids"]
+    first = int((ids == AUDIO_ID).int().argmax())
+    ids = torch.cat(
+        [ids[:, :first], ids[:, first + 1 :]] if more < 0 else [ids[:, :first], ids[:, first:][:, :1], ids[:, first:]],
+        1,
+    )
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    count = int((ids == AUDIO_ID).sum())
+    with pytest.raises(ModelError, match=f"{count} audio placeholders, expected {count - more} for"):
+        AudioLM(tiny.model).open(inputs)
+
+
+@pytest.mark.parametrize("family", PROMPTED)
+def test_a_drafted_placeholder_is_not_taken_for_audio(family: str, verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers[family]
+    drafted = torch.tensor([[7, AUDIO_ID, 9]])
+    audio_lm = AudioLM(tiny.model)
+    together = audio_lm.open(tiny.inputs()).forward(drafted)
+    sequence = audio_lm.open(tiny.inputs())
+    apart = [sequence.forward(drafted[:, :0]), *(sequence.forward(drafted[:, i : i + 1]) for i in range(3))]
+    torch.testing.assert_close(together, torch.cat(apart, 1), rtol=0, atol=1e-3)
+
+
+def test_text_only_requests_need_no_audio(verifiers: dict[str, Tiny]) -> None:
+    logits = (
+        AudioLM(verifiers["voxtral"].model).open({"input_ids": torch.tensor([[3, 4]])}).forward(torch.ones(1, 0).long())
+    )
+    assert logits.shape == (1, 1, 96)
+
+
+def test_granites_adapter_is_on_for_audio_only(verifiers: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = verifiers["granite_speech"]
+    state: list[str] = []
+    monkeypatch.setattr(tiny.model, "_hf_peft_config_loaded", True, raising=False)
+    monkeypatch.setattr(tiny.model, "enable_adapters", lambda: state.append("on"))
+    monkeypatch.setattr(tiny.model, "disable_adapters", lambda: state.append("off"))
+    audio_lm = AudioLM(tiny.model)
+    heard, read = audio_lm.open(tiny.inputs()), audio_lm.open({"input_ids": torch.tensor([[3, 4]])})
+    for sequence in (heard, read, heard):
+        sequence.forward(torch.ones(1, 1, dtype=torch.long))
+    assert state == ["on", "off", "on"]
+
+
+def test_phi4_is_stopped_where_its_rope_switches(verifiers: dict[str, Tiny]) -> None:
+    entry = family_of("phi4_multimodal")
+    assert entry is not None
+    long = SimpleNamespace(rope_parameters={"rope_type": "longrope"}, original_max_position_embeddings=4096)
+    assert entry.rope_switch(long) == 4096
+    tiny = verifiers["phi4_multimodal"]
+    assert entry.rope_switch(tiny.model.config) is None
+    sequence = CachedSequence(tiny.model, tiny.inputs(), entry)
+    sequence._rope_switch = 12
+    sequence.forward(torch.ones(1, 2, dtype=torch.long))  # 9 of the prompt
+    with pytest.raises(ModelError, match="grows from 11 to 13 tokens, expected at most 12"):
+        sequence.forward(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_whisper_is_stopped_at_its_last_position(verifiers: dict[str, Tiny]) -> None:
+    sequence = AudioLM(verifiers["whisper"].model).open(verifiers["whisper"].inputs())
+    sequence.forward(torch.ones(1, 95, dtype=torch.long))
+    with pytest.raises(ModelError, match="would hold 97 tokens, expected at most 96"):
+        sequence.forward(torch.ones(1, 1, dtype=torch.long))
+
+
+def test_a_decoder_prompt_of_ones_own(verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers["moonshine"]
+    prompt = torch.tensor([[1, 30, 31]])
+    decoder = Decoder(None, LocalVerifier(AudioLM(tiny.model)), LOSSLESS)
+    result = decoder.generate(verifier_inputs={**tiny.inputs(), "decoder_input_ids": prompt}, max_new_tokens=8)
+    own = tiny.model.generate(**tiny.inputs(), decoder_input_ids=prompt, max_new_tokens=8, do_sample=False)
+    assert result.tokens == own[0, -8:].tolist()
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_streaming_codecs_are_refused_with_the_reason(model_type: str) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    with pytest.raises(ModelError, match="is not supported: it (takes audio and text in step|writes audio codes)"):
+        AudioLM(model)
+
+
+def test_recurrent_text_models_are_refused(verifiers: dict[str, Tiny]) -> None:
+    model = build("qwen3_asr").model
+    model.config.text_config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match="keeps a recurrent state"):
+        AudioLM(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_asr", "audioflamingo3", "musicflamingo", "glmasr"])
+def test_clips_go_through_processor_and_chat_template(family: str, verifiers: dict[str, Tiny]) -> None:
+    model = AudioLM(verifiers[family].model, processor(family))
+    clip = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 16_000)
+    inputs = model.prepare(clip, "w7 w8")
+    text = inputs["input_ids"][inputs["input_ids"] < AUDIO_ID]
+    assert text.tolist() == [7, 8, 5]
+    own = verifiers[family].model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, -8:].tolist()
+    result = Decoder(model, LocalVerifier(model), LOSSLESS).generate(clip, prompt="w7 w8", max_new_tokens=8)
+    assert result.tokens == own
+    assert result.text == model.tokenizer.decode(own, skip_special_tokens=True)
+
+
+def test_audio_is_prepared_only_where_the_processor_is_driven(verifiers: dict[str, Tiny]) -> None:
+    model = AudioLM(verifiers["voxtral"].model, SimpleNamespace(feature_extractor=None, tokenizer=None))
+    with pytest.raises(ModelError, match="not prepared from audio yet"):
+        model.prepare("clip.wav")
+
+
+def test_flash_attention_where_installed_and_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "ugsd_fast.models.attention"
+    voxtral, granite = (getattr(transformers, FAMILIES[name][1]) for name in ("voxtral", "granite_speech"))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(f"{module}.is_flash_attn_3_available", lambda: False)
+    monkeypatch.setattr(f"{module}.is_flash_attn_2_available", lambda: True)
+    assert best_attention(voxtral, {"dtype": "bfloat16"}, None, gpu) == "flash_attention_2"
+    assert best_attention(voxtral, {"dtype": "bfloat16"}, torch.float32, gpu) == "sdpa"
+    assert best_attention(voxtral, {"dtype": "bfloat16"}, None, cpu) == "sdpa"
+    assert best_attention(granite, {}, torch.float16, gpu) == "sdpa"
+    monkeypatch.setattr(f"{module}.is_flash_attn_3_available", lambda: True)
+    assert best_attention(voxtral, {}, "bfloat16", gpu) == "flash_attention_3"
+    monkeypatch.setattr(voxtral, "_supports_sdpa", False)
+    assert best_attention(voxtral, {}, None, cpu) == "eager"

@@ -1,0 +1,86 @@
+"""One request in an encoder-decoder: the encoder hears the clip once, tokens go through the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+from ugsd_fast.cache import enable_rollback, new_cache
+from ugsd_fast.errors import ModelError
+from ugsd_fast.models.sequence import CachedSequence, last_logits
+
+
+class EncoderDecoderSequence(CachedSequence):
+    """The decoder's cache of one request; what was heard stays through every rollback.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A speech encoder-decoder in eval mode.
+    inputs : mapping of str to Tensor
+        The encoder's inputs, ``attention_mask`` over the audio among them, and optionally the decoder's prompt
+        ``decoder_input_ids`` [B, P] (by default the start token alone).
+
+    Attributes
+    ----------
+    length : int
+        Tokens in the decoder's cache, prompt included.
+    forwards : int
+        Decoder passes so far.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
+        self._model = model
+        self._audio = dict(inputs)
+        self._audio_mask = self._audio.get("attention_mask")
+        start = self._audio.pop("decoder_input_ids", None)
+        if start is None:
+            rows = next(iter(self._audio.values())).shape[0]
+            start = torch.full((rows, 1), _start_token(model), dtype=torch.long, device=model.device)
+        self._start = start
+        self._heard: Any = None
+        self._cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
+        self._mask = None
+        self.length = 0
+        self.forwards = 0
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, *, keep: int | None = None) -> Tensor:
+        """Append tokens and return the logits of the last positions; see `CachedSequence.forward`."""
+        first = self.length == 0
+        keep = tokens.shape[1] + first if keep is None else keep
+        ids = torch.cat([self._start, tokens], dim=1) if first else tokens
+        limit = getattr(self._model.config, "max_target_positions", None)
+        if limit is not None and self.length + ids.shape[1] > limit:
+            raise ModelError(
+                f"{type(self._model).__name__}: the decoder would hold {self.length + ids.shape[1]} tokens, "
+                f"expected at most {limit}"
+            )
+        if self._heard is None:
+            self._heard = self._model.get_encoder()(**self._audio)
+            self._audio.clear()
+        positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
+        with last_logits(self._model, keep if first else 0) as extra:
+            logits = self._model(
+                encoder_outputs=self._heard,
+                attention_mask=self._audio_mask,
+                decoder_input_ids=ids,
+                decoder_position_ids=positions.expand(ids.shape[0], -1),
+                past_key_values=self._cache,
+                use_cache=True,
+                **extra,
+            ).logits
+        if first:
+            enable_rollback(self._cache)
+        self.length += ids.shape[1]
+        self.forwards += 1
+        return logits[:, logits.shape[1] - keep :]
+
+
+def _start_token(model: Any) -> int:
+    named = model.generation_config.decoder_start_token_id
+    return int(model.config.decoder_start_token_id if named is None else named)
