@@ -200,7 +200,7 @@ def prefix_kernel(
                 else:
                     passes &= p >= 1.0 / (1.0 + others) - slack
             tl.store(p_verdicts + i_row, argmax * 2 + passes.to(tl.int32))
-    if here:  # noqa: SIM102 (`and` would have every program arrive)
+    if here:
         if arrives_last(p_counters + rows, i_b, block + 1):
             o_k = tl.arange(0, BLOCK_K)
             m_k = o_k <= length
@@ -287,7 +287,7 @@ def weights_kernel(
             p_own = p_state + i_k + tl.where(of_draft, 2, 0) * (block + 1)
             tl.store(p_own, top.to(tl.float64))
             tl.store(p_own + block + 1, tl.sum(b_mass, 0))
-    if here:  # noqa: SIM102 (`and` would have every program arrive)
+    if here:
         if arrives_last(p_counters + rows, i_b, of_each):
             # ratio[k] = p(x)/q(x) of each drafted token, 0 for an impossible one
             o_k = tl.arange(0, BLOCK_K)
@@ -487,7 +487,7 @@ def residual_kernel(
         if accepted >= 0:
             tl.atomic_max(p_pending + 2 * i_b + 1, accepted)
         accepted = tl.full([], -1, tl.int32)
-        if here:  # noqa: SIM102
+        if here:
             if arrives_last(p_counters + batch * (block - 1), i_b, block - 1):
                 accepted = tl.load(p_pending + 2 * i_b + 1, cache_modifier=".cg")
 

@@ -37,7 +37,6 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if str(func) in HOST_READS:
             self.counts[str(func)] += 1
-            import traceback; traceback.print_stack(limit=8)
         return func(*args, **(kwargs or {}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class DraftGraph:
         self._logits: Tensor | None = None  # [1, K, V], made by the first step where the rule wants them
         self._inputs: Mapping[str, Tensor] = {}
         self._drafted = 0
-        self._steps = {feeds: Replayed(lambda feeds=feeds: self._step(feeds), device) for feeds in (1, 2)}
+        self._steps = {feeds: Replayed(partial(self._step, feeds), device) for feeds in (1, 2)}
         self._gates: dict[int, Replayed] = {}
         self._device = device
 

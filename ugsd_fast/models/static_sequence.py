@@ -37,7 +37,7 @@ class StaticSequence:
     def __init__(self, model: Any, capacity: int):
         self._model = model
         self.capacity = capacity
-        self._cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=capacity)
+        self._cache: Any = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=capacity)
         self._position = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # of the next token
         self.length = 0
         self.forwards = 0
@@ -78,7 +78,12 @@ class StaticSequence:
 
         Whoever calls or replays it says so by `appended`.
         """
-        return self._forward(tokens, attention_mask=None)[:, -1:]
+        # Left to itself, transformers reads the cache's length on the host to choose a mask for two tokens.
+        columns = torch.arange(self.capacity, device=tokens.device)
+        seen = columns <= (self._position + torch.arange(tokens.shape[1], device=tokens.device)).mT  # [q, capacity]
+        zero = torch.zeros((), dtype=self._model.dtype, device=tokens.device)
+        mask = torch.where(seen, zero, torch.finfo(self._model.dtype).min)[None, None]
+        return self._forward(tokens, attention_mask=mask)[:, -1:]
 
     def appended(self, count: int) -> None:
         """Count one forward pass over `count` tokens."""
