@@ -76,7 +76,7 @@ def _kv_compact_kernel(
         kept = length
         hole = length if LEFT else tl.where(length < slots, slots - 1, -1)
     if i_worker == 0:
-        tl.store(p_kept + i_b, kept.to(tl.int64))
+        tl.store(p_kept + i_b, kept.to(tl.int64))  # type: ignore[attr-defined]
 
     # Left: slots from the hole on move down, first slots first. Right: slots up to it move up, last ones first.
     first = hole // BLOCK_T * BLOCK_T if LEFT else 0
