@@ -51,4 +51,4 @@ evaluate: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build ugsd_fast.egg-info ugsd_fast/_C*.so
+	rm -rf .venv build ugsd_fast.egg-info ugsd_fast/_C*.so ugsd_fast/_cuda*.so

@@ -24,6 +24,10 @@ TOKENS = 32
 DRAFTERS: dict[str, dict[str, Any]] = {"copy": {}, "noisy": {"noise": 0.1}, "random": {"seed": 7}}
 LOSSLESS = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=-1)  # no token has this id
 PROMPTED = [name for name in FAMILIES if name not in ("whisper", "moonshine")]
+NO_GRAPH = {
+    **dict.fromkeys(("whisper", "moonshine", "granite_speech"), "is an encoder-decoder, has"),
+    **dict.fromkeys(("gemma3n", "gemma4"), "expected a StaticLayer"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +234,18 @@ def test_flash_attention_where_installed_and_possible(monkeypatch: pytest.Monkey
     assert best_attention(voxtral, {}, "bfloat16", gpu) == "flash_attention_3"
     monkeypatch.setattr(voxtral, "_supports_sdpa", False)
     assert best_attention(voxtral, {}, None, cpu) == "eager"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_draft_graph_drafts_the_same_or_refuses(family: str, verifiers: dict[str, Tiny]) -> None:
+    model, inputs = AudioLM(verifiers[family].model), verifiers[family].inputs(0)
+
+    def draft(graph: bool) -> list[int]:
+        config = UGSDConfig(eos_token_id=-1, graph=graph)
+        return Decoder(model, None, config).generate(inputs=inputs, max_new_tokens=12).tokens
+
+    if family in NO_GRAPH:
+        with pytest.raises(ModelError, match=NO_GRAPH[family]):
+            draft(graph=True)
+    else:
+        assert draft(graph=True) == draft(graph=False)

@@ -17,6 +17,7 @@ from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
 from ugsd_fast.decoding.vocabulary import check_vocabularies
 from ugsd_fast.errors import ModelError, VerifierUnavailable
 from ugsd_fast.models import AudioLM
+from ugsd_fast.models.static_sequence import check_replayable
 
 if TYPE_CHECKING:
     from ugsd_fast.verifier.base import Verdict, Verifier, VerifierSession
@@ -40,6 +41,8 @@ class Decoder:
     ------
     ValueError
         If neither model is given.
+    ModelError
+        If ``config.graph`` is set and the drafter's steps cannot be replayed.
     VocabularyMismatchError
         If the two models give the same token id different meanings.
 
@@ -66,6 +69,8 @@ class Decoder:
         self.draft = draft
         self.verifier = verifier
         self.config = config or UGSDConfig()
+        if self.config.graph and draft is not None:
+            check_replayable(draft.model, draft.family)
         self._idle_graphs: list[DraftGraph] = []
 
     def generate(
@@ -255,6 +260,7 @@ class Decoder:
             raise ValueError("Decoder: inputs is None, expected prepared inputs for the drafter beside verifier_inputs")
         prepared = dict(inputs) if inputs is not None else self.draft.prepare(audio, prompt)
         if self.config.graph:
+            self.draft.check_placeholders(prepared)
             prepared = self.draft.to_device(prepared)
             return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
         return Drafter(

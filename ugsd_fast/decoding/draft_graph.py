@@ -72,7 +72,7 @@ class DraftGraph:
         self.capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         self._config = config
         self._last_token = model.vocab_size - 1
-        self._sequence = StaticSequence(model.model, self.capacity)
+        self._sequence = StaticSequence(model.model, self.capacity, model.family)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._fed = torch.zeros(1, 2, dtype=torch.long, device=device)  # what the next step appends: the last, or both
         self._feeds = 0  # of them; 0: the prompt comes first

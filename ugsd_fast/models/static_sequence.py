@@ -10,7 +10,26 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ugsd_fast.errors import ModelError
+from ugsd_fast.models.families import Family
 from ugsd_fast.models.sequence import last_logits
+
+
+def check_replayable(model: Any, family: Family | None) -> None:
+    """Raise unless each step of a model is the same device work.
+
+    Raises
+    ------
+    ModelError
+        If the family is an encoder-decoder, or needs what a replayed forward cannot do: switch an adapter, or stop
+        where rotary frequencies change.
+    """
+    if family is not None and (
+        family.is_encoder_decoder or family.toggles_adapter or family.rope_switch(model.config) is not None
+    ):
+        raise ModelError(
+            f"graph=True: {type(model).__name__} is an encoder-decoder, has an adapter that follows the audio, or "
+            "changes its rotary frequencies, expected a model whose every step is the same"
+        )
 
 
 class StaticSequence:
@@ -25,6 +44,8 @@ class StaticSequence:
         A decoder-only audio-language model in eval mode.
     capacity : int
         Tokens that the cache holds, prompt included.
+    family : Family, optional
+        Quirks of the model's family.
 
     Attributes
     ----------
@@ -34,8 +55,9 @@ class StaticSequence:
         Forward passes of the current request.
     """
 
-    def __init__(self, model: Any, capacity: int):
+    def __init__(self, model: Any, capacity: int, family: Family | None = None):
         self._model = model
+        self._family = family
         self.capacity = capacity
         self._cache: Any = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=capacity)
         self._position = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # of the next token
@@ -51,7 +73,9 @@ class StaticSequence:
         ModelError
             If the prompt is padded, is not of one row, or does not fit.
         """
-        prompt = dict(inputs)
+        prompt: dict[str, Any] = dict(inputs)
+        if self._family is not None and self._family.audio in prompt:
+            prompt |= self._family.forward_kwargs
         mask = prompt.pop("attention_mask", None)
         ids = prompt.pop("input_ids")
         if ids.shape[0] != 1 or (mask is not None and not bool(mask.all())):
