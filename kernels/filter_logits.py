@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ugsd_fast.kernels.filters import (
-    columns_of,
+    columns_at,
     filter_threshold,
     filters_of,
     load_candidates,
     load_groups,
+    places_of,
     store_group_maxima,
     with_strides,
 )
@@ -63,15 +64,16 @@ def write_survivors(
 ):
     """Write z / T of the columns at or over ``threshold``, among the candidates or the groups listed."""
     GROUPS: tl.constexpr = RECORDS * (TILE // GROUP)
-    if found <= TILE:
-        o_i = tl.arange(0, TILE)
-        b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
-        o_v = tl.load(columns_of(p_work, TILE, GROUPS) + o_i, mask=o_i < found, other=0)
+    o_i = tl.arange(0, TILE)
+    for first in range(0, listed if found > TILE else 1, TILE // GROUP):
+        if found <= TILE:
+            b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
+            o_place = tl.load(places_of(p_work, TILE, GROUPS) + o_i, mask=b_z >= threshold, other=0)
+        else:
+            b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
+            o_place = first * GROUP + o_i
+        o_v = columns_at(p_work, o_place, b_z >= threshold, GROUP, GROUPS)
         tl.store(p_out + o_v, over(b_z, divisor, TILE), mask=b_z >= threshold)
-    else:
-        for first in range(0, listed, TILE // GROUP):
-            b_z, o_v = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
-            tl.store(p_out + o_v, over(b_z, divisor, TILE), mask=b_z >= threshold)
 
 
 @triton.jit(

@@ -33,7 +33,7 @@ from ugsd_fast.kernels.rows import (
     scratch,
 )
 
-MOST_GROUPS = 4096
+MOST_GROUPS = 2048
 
 
 @triton.jit
@@ -56,15 +56,14 @@ def middle(low, high):
 
 
 @triton.jit
-def weight_of(b_z, m, top, octaves, MASS: tl.constexpr):
+def weight_of(b_z, m, top, octaves, by_mass):
     """Return what the columns in a mask weigh, a float64: their mass relative to ``top``, or their number."""
-    if MASS:
-        return tl.sum(tl.where(m, tl.exp2(exponents(b_z, top, octaves)), 0.0), 0).to(tl.float64)
-    return tl.sum(m.to(tl.int32), 0).to(tl.float64)
+    b_weight = tl.where(by_mass, tl.exp2(exponents(b_z, top, octaves)), 1.0)
+    return tl.sum(tl.where(m, b_weight, 0.0), 0).to(tl.float64)
 
 
 @triton.jit
-def bisect(b_z, top, octaves, above, target, low, high, MASS: tl.constexpr):
+def bisect(b_z, top, octaves, above, target, low, high, by_mass):
     """Return the key, from ``low`` on and under ``high``, of the lowest of the largest logits that weigh ``target``.
 
     ``above`` is the weight at or over ``high``, which falls short; that of ``low`` is known to suffice. Both ends close
@@ -73,7 +72,7 @@ def bisect(b_z, top, octaves, above, target, low, high, MASS: tl.constexpr):
     while middle(low, high) > low:
         mid = middle(low, high)
         m_upper = b_z >= value_of(mid)
-        enough = above + weight_of(b_z, m_upper, top, octaves, MASS) >= target
+        enough = above + weight_of(b_z, m_upper, top, octaves, by_mass) >= target
         # The smallest at or over the middle, negative, or the largest under it.
         nearest = tl.max(tl.where(m_upper == enough, tl.where(enough, -b_z, b_z), -INFINITY), 0)
         low = tl.where(enough, tl.minimum(key_of(-nearest), high - 1), low)
@@ -81,7 +80,7 @@ def bisect(b_z, top, octaves, above, target, low, high, MASS: tl.constexpr):
     return low
 
 
-# A row's workspace: its groups' maxima, then the numbers of the groups listed, values and columns of the candidates.
+# A row's workspace: its groups' maxima, then the numbers of the groups listed, values and places of the candidates.
 
 
 @triton.jit
@@ -103,8 +102,8 @@ def values_of(p_work, p_row, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def columns_of(p_work, TILE: tl.constexpr, GROUPS: tl.constexpr):
-    """Return where a workspace has the candidates' columns ``[TILE]``."""
+def places_of(p_work, TILE: tl.constexpr, GROUPS: tl.constexpr):
+    """Return where a workspace has the candidates' places among the columns of the groups listed, ``[TILE]``."""
     return (p_work + GROUPS + GROUPS // 2 + TILE).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
@@ -128,12 +127,19 @@ def list_groups(p_work, b_max, bound, GROUPS: tl.constexpr):
 
 @triton.jit
 def load_groups(p_row, p_work, first, listed, columns, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Return logits and columns ``[TILE]`` of the listed groups from ``first`` on, -inf past the last."""
+    """Return the logits ``[TILE]`` of the listed groups from ``first`` on, -inf past the last."""
     o_g = first + tl.arange(0, TILE // GROUP)
     b_number = tl.load(numbers_of(p_work, GROUPS) + o_g, mask=o_g < listed, other=0).to(tl.int32)
     o_v = b_number[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     b_z = tl.load(p_row + o_v, mask=(o_g < listed)[:, None] & (o_v < columns), other=-INFINITY)
-    return clean(tl.reshape(b_z, (TILE,))), tl.reshape(o_v, (TILE,))
+    return clean(tl.reshape(b_z, (TILE,)))
+
+
+@triton.jit
+def columns_at(p_work, o_place, m, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Return the columns at places among the columns of the groups listed."""
+    b_number = tl.load(numbers_of(p_work, GROUPS) + o_place // GROUP, mask=m).to(tl.int32)
+    return b_number * GROUP + o_place % GROUP
 
 
 @triton.jit
@@ -141,16 +147,16 @@ def gather(
     p_row, p_work, listed, columns, low, high, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
 ):
     """Write the first TILE columns of the listed groups from ``low`` on and up to ``high``; return how many there are."""
-    p_values, p_columns = values_of(p_work, p_row, GROUPS), columns_of(p_work, TILE, GROUPS)
+    p_values, p_places = values_of(p_work, p_row, GROUPS), places_of(p_work, TILE, GROUPS)
     found = tl.full((), 0, tl.int32)
     tl.debug_barrier()  # what was there has been read
     for first in range(0, listed, TILE // GROUP):
-        b_z, o_v = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
+        b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
         m_in = (b_z >= low) & (b_z <= high)
-        place = found + tl.cumsum(m_in.to(tl.int32), 0) - 1
-        m_fits = m_in & (place < TILE)
-        tl.store(p_values + place, packed(b_z, p_row), mask=m_fits)
-        tl.store(p_columns + place, o_v, mask=m_fits)
+        o_i = found + tl.cumsum(m_in.to(tl.int32), 0) - 1
+        m_fits = m_in & (o_i < TILE)
+        tl.store(p_values + o_i, packed(b_z, p_row), mask=m_fits)
+        tl.store(p_places + o_i, first * GROUP + tl.arange(0, TILE), mask=m_fits)
         found += tl.sum(m_in.to(tl.int32), 0)
     tl.debug_barrier()
     return found
@@ -164,42 +170,38 @@ def load_candidates(p_row, p_work, found, TILE: tl.constexpr, GROUPS: tl.constex
 
 
 @triton.jit
-def select(
+def narrow(
     p_row,
     p_work,
     listed,
-    found,
+    question,
     columns,
     top,
     octaves,
     target,
-    lowest,
-    MASS: tl.constexpr,
+    low,
+    high,
+    by_mass,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Return the lowest of the largest logits that together weigh ``target``, none of which is under ``lowest``."""
-    low, high = key_of(lowest), key_of(top) + 1
+    """Return (low, high, above) between which no more than TILE columns are in question, of ``question`` at first."""
     above = tl.full((), 0.0, tl.float64)
-    question = found
     while (question > TILE) & (middle(low, high) > low):
         mid = middle(low, high)
         weight, upper = above * 0.0, question * 0
         for first in range(0, listed, TILE // GROUP):
-            b_z, _ = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
+            b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
             m_upper = (b_z >= value_of(mid)) & (b_z < value_of(high))
-            weight += weight_of(b_z, m_upper, top, octaves, MASS)
+            weight += weight_of(b_z, m_upper, top, octaves, by_mass)
             upper += tl.sum(m_upper.to(tl.int32), 0)
         enough = above + weight >= target
         question = tl.where(enough, upper, question - upper)
         low = tl.where(enough, mid, low)
         high = tl.where(enough, high, mid)
         above = tl.where(enough, above, above + weight)
-    if found > TILE:
-        question = gather(p_row, p_work, listed, columns, value_of(low), value_of(high - 1), TILE, GROUP, GROUPS)
-    b_z = load_candidates(p_row, p_work, question, TILE, GROUPS)
-    return value_of(bisect(b_z, top, octaves, above, target, low, high, MASS))
+    return low, high, above
 
 
 @triton.jit
@@ -220,9 +222,34 @@ def sum_groups(
     o_t = tl.arange(0, RECORDS)
     b_mass = tl.zeros((RECORDS,), tl.float64)
     for i_tile in range(tl.cdiv(listed, TILE // GROUP)):
-        b_z, _ = load_groups(p_row, p_work, i_tile * (TILE // GROUP), listed, columns, TILE, GROUP, GROUPS)
+        b_z = load_groups(p_row, p_work, i_tile * (TILE // GROUP), listed, columns, TILE, GROUP, GROUPS)
         b_mass = tl.where(o_t == i_tile, weight_of(b_z, b_z >= threshold, top, octaves, True), b_mass)
     return b_mass
+
+
+@triton.jit
+def mass_over(
+    p_row,
+    p_work,
+    listed,
+    found,
+    columns,
+    threshold,
+    top,
+    octaves,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return the mass, a float64, of the candidates at or over ``threshold``."""
+    mass = tl.full((), 0.0, tl.float64)
+    for first in range(0, listed if found > TILE else 1, TILE // GROUP):
+        if found <= TILE:
+            b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
+        else:
+            b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
+        mass += weight_of(b_z, b_z >= threshold, top, octaves, True)
+    return mass
 
 
 @triton.jit
@@ -259,7 +286,7 @@ def filter_threshold(
             threshold = bound.to(tl.float32)
             threshold = tl.where(threshold.to(tl.float64) < bound, value_of(key_of(threshold) + 1), threshold)
             threshold = tl.maximum(threshold, -LARGEST)
-    cuts_k, cuts_p = False, False
+    cuts_k, cuts_p = top_k < 0, top_k < 0
     if TOP_K:
         cuts_k = (top_k > 0) & (top_k < columns)
     if TOP_P:
@@ -267,6 +294,11 @@ def filter_threshold(
 
     # The bound of the candidates: what is under the threshold of min-p decides nothing, but for the mass of top-k.
     lowest = threshold
+    if TOP_P:
+        if cuts_p and not cuts_k:
+            share = 0.99 * (1.0 - top_p.to(tl.float64)) * total / columns  # a digit is left for rounding
+            bound = tl.maximum(top.to(tl.float64) + tl.log(share) / scale, -LARGEST)
+            lowest = tl.maximum(lowest, tl.minimum(top.to(tl.float64), bound).to(tl.float32))
     o_g = tl.arange(0, GROUPS)
     m_g = o_g < tiles * (TILE // GROUP)
     b_max = clean(tl.load(maxima_of(p_work, p_row) + o_g, mask=m_g, other=-INFINITY, cache_modifier=".cg"))
@@ -275,38 +307,45 @@ def filter_threshold(
             low, high = key_of(tl.full((), -LARGEST, tl.float32)), key_of(top) + 1
             bound = value_of(bisect(b_max, top, octaves, 0.0, top_k.to(tl.float64), low, high, False))
             lowest = bound if cuts_p else tl.maximum(lowest, bound)
-    if TOP_P:
-        if cuts_p and not cuts_k:
-            share = 0.99 * (1.0 - top_p.to(tl.float64)) * total / columns  # a digit is left for rounding
-            bound = tl.maximum(top.to(tl.float64) + tl.log(share) / scale, -LARGEST)
-            lowest = tl.maximum(lowest, tl.minimum(top.to(tl.float64), bound).to(tl.float32))
     listed = list_groups(p_work, b_max, lowest, GROUPS)
-    found = gather(p_row, p_work, listed, columns, lowest, INFINITY, TILE, GROUP, GROUPS)
-
-    if TOP_K:
-        if cuts_k:
-            k = top_k.to(tl.float64)
-            lowest = select(
-                p_row, p_work, listed, found, columns, top, octaves, k, lowest, False, TILE, GROUP, GROUPS
+    # All candidates first, then those in question for top-k, and for top-p of the mass that top-k leaves.
+    found = tl.full((), 0, tl.int32)
+    for stage in range(0, 3 if TOP_P else 2 if TOP_K else 1):
+        by_mass = stage == 2
+        if (stage == 0) | (cuts_p if by_mass else cuts_k):
+            target = tl.where(by_mass, top_p.to(tl.float64) * total, top_k.to(tl.float64))
+            low, high, above = narrow(
+                p_row,
+                p_work,
+                listed,
+                found,
+                columns,
+                top,
+                octaves,
+                target,
+                key_of(lowest),
+                key_of(top) + 1,
+                by_mass,
+                TILE,
+                GROUP,
+                GROUPS,
             )
-            threshold = tl.maximum(threshold, lowest)
-            if TOP_P:
-                if cuts_p:
-                    if found <= TILE:
-                        b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
-                        total = weight_of(b_z, b_z >= lowest, top, octaves, True)
-                    else:
-                        b_mass = sum_groups(
-                            p_row, p_work, listed, columns, lowest, top, octaves, TILE, GROUP, GROUPS, RECORDS
+            question = found
+            if (stage == 0) | (found > TILE):
+                question = gather(
+                    p_row, p_work, listed, columns, value_of(low), value_of(high - 1), TILE, GROUP, GROUPS
+                )
+            if stage == 0:
+                found = question
+            else:
+                b_z = load_candidates(p_row, p_work, question, TILE, GROUPS)
+                lowest = value_of(bisect(b_z, top, octaves, above, target, low, high, by_mass))
+                threshold = tl.maximum(threshold, lowest)
+                if TOP_K and TOP_P:
+                    if cuts_p and not by_mass:
+                        total = mass_over(
+                            p_row, p_work, listed, found, columns, lowest, top, octaves, TILE, GROUP, GROUPS
                         )
-                        total = tl.sum(b_mass, 0)
-    if TOP_P:
-        if cuts_p:
-            target = top_p.to(tl.float64) * total
-            nucleus = select(
-                p_row, p_work, listed, found, columns, top, octaves, target, lowest, True, TILE, GROUP, GROUPS
-            )
-            threshold = tl.maximum(threshold, nucleus)
     return threshold, listed, found
 
 
@@ -327,21 +366,24 @@ def draw_filtered(
 ):
     """Return the column of the draw ``u`` among those at or over ``threshold``, and their mass in units of ``top``."""
     GROUPS: tl.constexpr = RECORDS * (TILE // GROUP)
+    begin = tl.full((), 0, tl.int32)
+    before = tl.full((), 0.0, tl.float64)
+    total = before
     if found <= TILE:
         b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
-        b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
-        total = tl.sum(tl.sum(tl.reshape(b_e, (TILE // CHUNK, CHUNK)), 1).to(tl.float64), 0)
-        column = tl.load(columns_of(p_work, TILE, GROUPS) + draw_column(b_e, u * total, TILE))
     else:
         b_mass = sum_groups(p_row, p_work, listed, columns, threshold, top, octaves, TILE, GROUP, GROUPS, RECORDS)
         total = tl.sum(b_mass, 0)
         i_tile, before = draw_index(b_mass, u * total, RECORDS)
-        first = i_tile * (TILE // GROUP)
-        b_z, _ = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
-        b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
-        place = draw_column(b_e, u * total - before, TILE)
-        number = tl.load(numbers_of(p_work, GROUPS) + first + place // GROUP).to(tl.int32)
-        column = number * GROUP + place % GROUP
+        begin = i_tile * TILE
+        b_z = load_groups(p_row, p_work, begin // GROUP, listed, columns, TILE, GROUP, GROUPS)
+    b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
+    if found <= TILE:
+        total = tl.sum(tl.sum(tl.reshape(b_e, (TILE // CHUNK, CHUNK)), 1).to(tl.float64), 0)
+    place = begin + draw_column(b_e, u * total - before, TILE)
+    if found <= TILE:
+        place = tl.load(places_of(p_work, TILE, GROUPS) + place)
+    column = columns_at(p_work, place, None, GROUP, GROUPS)
     return column, total
 
 
@@ -355,10 +397,10 @@ class Filters(NamedTuple):
     def group(self, launch: Plan) -> int:
         """Return the columns of a group: about √(2 V / k) for the usual k, where maxima and candidates weigh alike."""
         columns = launch.records * launch.tile
-        return min(max(32 if columns <= 1 << 16 else 64, columns // MOST_GROUPS), launch.tile)
+        return min(max(32, columns // MOST_GROUPS), launch.tile)
 
     def workspace(self, launch: Plan) -> int:
-        """Return the floats of a row's workspace: maxima and numbers of its groups, values and columns of candidates."""
+        """Return the floats of a row's workspace: maxima and numbers of its groups, values and places of candidates."""
         groups = launch.records * (launch.tile // self.group(launch))
         return groups + groups // 2 + 2 * launch.tile if any(self) else 0
 
@@ -379,7 +421,7 @@ class Filters(NamedTuple):
             "GROUP": self.group(launch),
             "WORKSPACE": self.workspace(launch),
         }
-        return constants | launch.options | (registers(168) if any(self) else {})
+        return constants | launch.options | (registers(128) if any(self) else {})
 
 
 def filters_of(columns: int, settings: tuple[Any, ...]) -> Filters:

@@ -339,7 +339,7 @@ def plan(rows: int, columns: int, multiprocessors: int, size: int, lanes: int, n
     tile = max(CHUNK.value, min(width, triton.next_power_of_2(columns)))
     tiles = triton.cdiv(columns, tile)
     splits = max(1, min(tiles, triton.cdiv(8 * multiprocessors, max(rows, 1))))
-    threads = min(256, tile // (16 // size)) if tile <= 512 else 128 if tile == 1024 else 256
+    threads = min(256, tile * size // 16) if tile <= 512 or narrow else 128 if tile == 1024 else 256
     return Plan(tile, tiles, splits, triton.next_power_of_2(tiles), max(1, threads // lanes), (rows * splits,))
 
 

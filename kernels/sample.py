@@ -51,6 +51,14 @@ from ugsd_fast.ops.token_stats import empty_stats
 
 
 @triton.jit
+def draft_uniform(seed, p_seeds, seed_stride, offset, p_offsets, offset_stride, i_row):
+    """Return the uniform of a row's draw."""
+    seed = setting(p_seeds, seed, i_row, seed_stride)
+    offset = setting(p_offsets, offset, i_row, offset_stride)
+    return uniform(seed, offset, i_row, DRAFT)
+
+
+@triton.jit
 def draw_token(p_row, columns, tops, b_others, top, octaves, u, TILE: tl.constexpr, RECORDS: tl.constexpr):
     """Return the column of the draw ``u`` from a row whose records are known: its tile first, then inside."""
     b_mass = masses_of(tops, b_others, top, octaves)
@@ -141,10 +149,6 @@ def sample_kernel(
         token = stats[3]
         logprob = tl.where(token < 0, -INFINITY, -log1p(others))
         if (temperature > 0) & (token >= 0):
-            seed = setting(p_seeds, seed, i_row, seed_stride)
-            offset = setting(p_offsets, offset, i_row, offset_stride)
-            u = uniform(seed, offset, i_row, DRAFT)
-            log_total = log1p(others)
             filtered = False
             if FILTERED:
                 top_k = setting(p_top_ks, top_k, i_row, top_k_stride)
@@ -171,12 +175,15 @@ def sample_kernel(
                     GROUP,
                     RECORDS,
                 )
+                u = draft_uniform(seed, p_seeds, seed_stride, offset, p_offsets, offset_stride, i_row)
                 column, total = draw_filtered(
                     p_row, p_work, columns, threshold, listed, found, top, octaves, u, TILE, GROUP, RECORDS
                 )
                 log_total = tl.log(total)
             else:
+                u = draft_uniform(seed, p_seeds, seed_stride, offset, p_offsets, offset_stride, i_row)
                 column = draw_token(p_row, columns, tops, b_others, top, octaves, u, TILE, RECORDS)
+                log_total = log1p(others)
             token = column.to(tl.int64)
             logprob = (clean(tl.load(p_row + token)).to(tl.float64) - top.to(tl.float64)) * scale - log_total
         tl.store(p_tokens + i_row, token)
