@@ -21,7 +21,7 @@ from ugsd_fast.kernels.filters import (
     filters_of,
     load_candidates,
     load_groups,
-    places_of,
+    load_places,
     store_group_maxima,
     with_strides,
 )
@@ -67,12 +67,12 @@ def write_survivors(
     o_i = tl.arange(0, TILE)
     for first in range(0, listed if found > TILE else 1, TILE // GROUP):
         if found <= TILE:
-            b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
-            o_place = tl.load(places_of(p_work, TILE, GROUPS) + o_i, mask=b_z >= threshold, other=0)
+            b_z = load_candidates(p_row, p_work, found, TILE)
+            o_place = load_places(p_work, o_i, b_z >= threshold)
         else:
             b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
             o_place = first * GROUP + o_i
-        o_v = columns_at(p_work, o_place, b_z >= threshold, GROUP, GROUPS)
+        o_v = columns_at(p_work, o_place, b_z >= threshold, TILE, GROUP, GROUPS)
         tl.store(p_out + o_v, over(b_z, divisor, TILE), mask=b_z >= threshold)
 
 

@@ -80,47 +80,36 @@ def bisect(b_z, top, octaves, above, target, low, high, by_mass):
     return low
 
 
-# A row's workspace: its groups' maxima, then the numbers of the groups listed, values and places of the candidates.
+# A row's workspace: TILE candidates of 8 bytes, then its groups' maxima, and the numbers of those listed.
 
 
 @triton.jit
-def maxima_of(p_work, p_row):
+def maxima_of(p_work, p_row, TILE: tl.constexpr):
     """Return where a workspace has the maxima ``[GROUPS]``, of the logits' type."""
-    return p_work.to(tl.pointer_type(p_row.dtype.element_ty), bitcast=True)
+    return (p_work + 2 * TILE).to(tl.pointer_type(p_row.dtype.element_ty), bitcast=True)
 
 
 @triton.jit
-def numbers_of(p_work, GROUPS: tl.constexpr):
+def numbers_of(p_work, TILE: tl.constexpr, GROUPS: tl.constexpr):
     """Return where a workspace has the numbers ``[GROUPS]``."""
-    return (p_work + GROUPS).to(tl.pointer_type(tl.int16), bitcast=True)
-
-
-@triton.jit
-def values_of(p_work, p_row, GROUPS: tl.constexpr):
-    """Return where a workspace has the candidates' logits ``[TILE]``, of their own type."""
-    return (p_work + GROUPS + GROUPS // 2).to(tl.pointer_type(p_row.dtype.element_ty), bitcast=True)
-
-
-@triton.jit
-def places_of(p_work, TILE: tl.constexpr, GROUPS: tl.constexpr):
-    """Return where a workspace has the candidates' places among the columns of the groups listed, ``[TILE]``."""
-    return (p_work + GROUPS + GROUPS // 2 + TILE).to(tl.pointer_type(tl.int32), bitcast=True)
+    return (p_work + 2 * TILE + GROUPS).to(tl.pointer_type(tl.int16), bitcast=True)
 
 
 @triton.jit
 def store_group_maxima(p_work, p_row, b_z, i_tile, TILE: tl.constexpr, GROUP: tl.constexpr):
     """Write the maxima of a tile's groups to the row's workspace."""
     b_max = tl.max(tl.reshape(b_z, (TILE // GROUP, GROUP)), 1)
-    p_max = maxima_of(p_work, p_row) + i_tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+    p_max = maxima_of(p_work, p_row, TILE) + i_tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
     tl.store(p_max, packed(b_max, p_row))
 
 
 @triton.jit
-def list_groups(p_work, b_max, bound, GROUPS: tl.constexpr):
+def list_groups(p_work, b_max, bound, TILE: tl.constexpr, GROUPS: tl.constexpr):
     """Write the numbers of the groups that reach ``bound`` side by side, and return how many they are."""
     m_in = b_max >= bound
     o_g = tl.arange(0, GROUPS)
-    tl.store(numbers_of(p_work, GROUPS) + tl.cumsum(m_in.to(tl.int32), 0) - 1, o_g.to(tl.int16), mask=m_in)
+    p_number = numbers_of(p_work, TILE, GROUPS) + tl.cumsum(m_in.to(tl.int32), 0) - 1
+    tl.store(p_number, o_g.to(tl.int16), mask=m_in)
     tl.debug_barrier()
     return tl.sum(m_in.to(tl.int32), 0)
 
@@ -129,44 +118,63 @@ def list_groups(p_work, b_max, bound, GROUPS: tl.constexpr):
 def load_groups(p_row, p_work, first, listed, columns, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Return the logits ``[TILE]`` of the listed groups from ``first`` on, -inf past the last."""
     o_g = first + tl.arange(0, TILE // GROUP)
-    b_number = tl.load(numbers_of(p_work, GROUPS) + o_g, mask=o_g < listed, other=0).to(tl.int32)
+    b_number = tl.load(numbers_of(p_work, TILE, GROUPS) + o_g, mask=o_g < listed, other=0).to(tl.int32)
     o_v = b_number[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     b_z = tl.load(p_row + o_v, mask=(o_g < listed)[:, None] & (o_v < columns), other=-INFINITY)
     return clean(tl.reshape(b_z, (TILE,)))
 
 
 @triton.jit
-def columns_at(p_work, o_place, m, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+def columns_at(p_work, o_place, m, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Return the columns at places among the columns of the groups listed."""
-    b_number = tl.load(numbers_of(p_work, GROUPS) + o_place // GROUP, mask=m).to(tl.int32)
+    b_number = tl.load(numbers_of(p_work, TILE, GROUPS) + o_place // GROUP, mask=m).to(tl.int32)
     return b_number * GROUP + o_place % GROUP
+
+
+@triton.jit
+def bits_of(b_z, p_row):
+    """Return the bits of logits in their own type, as int64."""
+    if p_row.dtype.element_ty.primitive_bitwidth == 16:
+        return packed(b_z, p_row).to(tl.uint16, bitcast=True).to(tl.int64)
+    else:
+        return packed(b_z, p_row).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
 def gather(
     p_row, p_work, listed, columns, low, high, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """Write the first TILE columns of the listed groups from ``low`` on and up to ``high``; return how many there are."""
-    p_values, p_places = values_of(p_work, p_row, GROUPS), places_of(p_work, TILE, GROUPS)
+    """Write the first TILE columns of the listed groups from ``low`` on and up to ``high``; return how many there are.
+
+    A candidate is its logit and its place among the columns of the groups listed.
+    """
+    p_candidate = p_work.to(tl.pointer_type(tl.int64), bitcast=True)
     found = tl.full((), 0, tl.int32)
     tl.debug_barrier()  # what was there has been read
     for first in range(0, listed, TILE // GROUP):
         b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
         m_in = (b_z >= low) & (b_z <= high)
         o_i = found + tl.cumsum(m_in.to(tl.int32), 0) - 1
-        m_fits = m_in & (o_i < TILE)
-        tl.store(p_values + o_i, packed(b_z, p_row), mask=m_fits)
-        tl.store(p_places + o_i, first * GROUP + tl.arange(0, TILE), mask=m_fits)
+        b_place = (first * GROUP + tl.arange(0, TILE)).to(tl.int64)
+        tl.store(p_candidate + o_i, (b_place << 32) | bits_of(b_z, p_row), mask=m_in & (o_i < TILE))
         found += tl.sum(m_in.to(tl.int32), 0)
     tl.debug_barrier()
     return found
 
 
 @triton.jit
-def load_candidates(p_row, p_work, found, TILE: tl.constexpr, GROUPS: tl.constexpr):
+def load_candidates(p_row, p_work, found, TILE: tl.constexpr):
     """Return the candidates' logits ``[TILE]``, -inf past the last."""
     o_i = tl.arange(0, TILE)
-    return clean(tl.load(values_of(p_work, p_row, GROUPS) + o_i, mask=o_i < found, other=-INFINITY))
+    p_z = p_work.to(tl.pointer_type(p_row.dtype.element_ty), bitcast=True)
+    step: tl.constexpr = 64 // p_row.dtype.element_ty.primitive_bitwidth
+    return clean(tl.load(p_z + step * o_i, mask=o_i < found, other=-INFINITY))
+
+
+@triton.jit
+def load_places(p_work, o_i, m):
+    """Return the candidates' places among the columns of the groups listed."""
+    return tl.load(p_work.to(tl.pointer_type(tl.int32), bitcast=True) + 2 * o_i + 1, mask=m)
 
 
 @triton.jit
@@ -245,7 +253,7 @@ def mass_over(
     mass = tl.full((), 0.0, tl.float64)
     for first in range(0, listed if found > TILE else 1, TILE // GROUP):
         if found <= TILE:
-            b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
+            b_z = load_candidates(p_row, p_work, found, TILE)
         else:
             b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
         mass += weight_of(b_z, b_z >= threshold, top, octaves, True)
@@ -301,13 +309,13 @@ def filter_threshold(
             lowest = tl.maximum(lowest, tl.minimum(top.to(tl.float64), bound).to(tl.float32))
     o_g = tl.arange(0, GROUPS)
     m_g = o_g < tiles * (TILE // GROUP)
-    b_max = clean(tl.load(maxima_of(p_work, p_row) + o_g, mask=m_g, other=-INFINITY, cache_modifier=".cg"))
+    b_max = clean(tl.load(maxima_of(p_work, p_row, TILE) + o_g, mask=m_g, other=-INFINITY, cache_modifier=".cg"))
     if TOP_K:
         if cuts_k:
             low, high = key_of(tl.full((), -LARGEST, tl.float32)), key_of(top) + 1
             bound = value_of(bisect(b_max, top, octaves, 0.0, top_k.to(tl.float64), low, high, False))
             lowest = bound if cuts_p else tl.maximum(lowest, bound)
-    listed = list_groups(p_work, b_max, lowest, GROUPS)
+    listed = list_groups(p_work, b_max, lowest, TILE, GROUPS)
     # All candidates first, then those in question for top-k, and for top-p of the mass that top-k leaves.
     found = tl.full((), 0, tl.int32)
     for stage in range(0, 3 if TOP_P else 2 if TOP_K else 1):
@@ -338,7 +346,7 @@ def filter_threshold(
             if stage == 0:
                 found = question
             else:
-                b_z = load_candidates(p_row, p_work, question, TILE, GROUPS)
+                b_z = load_candidates(p_row, p_work, question, TILE)
                 lowest = value_of(bisect(b_z, top, octaves, above, target, low, high, by_mass))
                 threshold = tl.maximum(threshold, lowest)
                 if TOP_K and TOP_P:
@@ -370,7 +378,7 @@ def draw_filtered(
     before = tl.full((), 0.0, tl.float64)
     total = before
     if found <= TILE:
-        b_z = load_candidates(p_row, p_work, found, TILE, GROUPS)
+        b_z = load_candidates(p_row, p_work, found, TILE)
     else:
         b_mass = sum_groups(p_row, p_work, listed, columns, threshold, top, octaves, TILE, GROUP, GROUPS, RECORDS)
         total = tl.sum(b_mass, 0)
@@ -382,8 +390,8 @@ def draw_filtered(
         total = tl.sum(tl.sum(tl.reshape(b_e, (TILE // CHUNK, CHUNK)), 1).to(tl.float64), 0)
     place = begin + draw_column(b_e, u * total - before, TILE)
     if found <= TILE:
-        place = tl.load(places_of(p_work, TILE, GROUPS) + place)
-    column = columns_at(p_work, place, None, GROUP, GROUPS)
+        place = load_places(p_work, place, None)
+    column = columns_at(p_work, place, None, TILE, GROUP, GROUPS)
     return column, total
 
 
@@ -400,9 +408,9 @@ class Filters(NamedTuple):
         return min(max(32, columns // MOST_GROUPS), launch.tile)
 
     def workspace(self, launch: Plan) -> int:
-        """Return the floats of a row's workspace: maxima and numbers of its groups, values and places of candidates."""
+        """Return the floats of a row's workspace: candidates, maxima and numbers of its groups."""
         groups = launch.records * (launch.tile // self.group(launch))
-        return groups + groups // 2 + 2 * launch.tile if any(self) else 0
+        return 2 * (launch.tile + groups) if any(self) else 0
 
     def scratch(self, rows: Rows, launch: Plan) -> tuple[Tensor, Tensor, Tensor]:
         """Return counters, records and workspaces for one launch."""
