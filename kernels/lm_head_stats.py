@@ -7,7 +7,6 @@ row: 18 bytes written and read again. It reads the group's hidden rows, too. The
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -147,7 +146,9 @@ def lm_head_stats_kernel(
         for i in range(tl.minimum(rows - i_group * BLOCK_M, BLOCK_M)):
             i_row = i_group * BLOCK_M + i
             own = inverse_temperature(setting(p_temperatures, temperature, i_row, temperature_stride))
-            top, others, moment, second, argmax = merge_rows_records(p_records, i_row, tiles, octaves_of(own), BLOCK_V, RECORDS)
+            top, others, moment, second, argmax = merge_rows_records(
+                p_records, i_row, tiles, octaves_of(own), BLOCK_V, RECORDS
+            )
             stats = row_stats(top, others, moment, second, argmax, own)
             store_stats(p_logsumexp, p_entropy, p_max_logit, p_argmax, p_margin, i_row, stats)
 
@@ -175,7 +176,7 @@ def lm_head_stats(
         return results
     widen = hidden.element_size() == 4 or not has_tensor_cores()
     block_m = max(16, min(64, triton.next_power_of_2(rows.count)))
-    block_v, block_d = min(MOST_V, (4096 if widen else 8192) // block_m), 32
+    block_v, block_d = min(MOST_V, (4096 if widen else 8192) // block_m), 16 if widen else 32
     tiles, groups = triton.cdiv(weights.count, block_v), triton.cdiv(rows.count, block_m)
     counters, records = scratch(hidden.device, groups, rows.count * FIELDS.value * tiles)
     lm_head_stats_kernel[(tiles * groups,)](
@@ -203,7 +204,7 @@ def lm_head_stats(
         EVEN_D=rows.columns % block_d == 0,
         WIDEN=widen,
         RECORDS=min(256, triton.next_power_of_2(tiles)),
-        num_warps=8,
+        num_warps=256 // target().warp_size,
         num_stages=3,
         enable_fp_fusion=True,
         **registers(128),
