@@ -130,12 +130,12 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     logits: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
     for step in range(width):
-        at = [drafters[row] for row in active]
+        at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
         token, entropy = draw(z, config, offset + step)
-        fed = token.clamp(min=0)  # a row with nothing finite draws -1
-        for index, one in enumerate(at):
-            one.pending = fed[index : index + 1, None]
+        fed = token.clamp(min=0)[:, None]  # a row with nothing finite draws -1
+        for one, own in zip(at, fed.split(1) if len(at) > 1 else (fed,), strict=True):
+            one.pending = own
         if config.rule in RULES_WITH_DRAFT_LOGITS:
             for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
                 logits[row].append(filtered)

@@ -31,7 +31,6 @@ _in_use: WeakKeyDictionary[Any, tuple[list[Any], str, int]] = WeakKeyDictionary(
 _known_configs: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 
-@torch.inference_mode()
 def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
     """Append tokens to several sequences of one model, in as few forward passes as can be.
 
@@ -80,9 +79,11 @@ def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor]
                 return logits
         for index, part in zip(members, logits.split([keep[i] for i in members]), strict=True):
             rows[index] = part
-    return torch.cat(rows)
+    with torch.inference_mode():
+        return torch.cat(rows)
 
 
+@torch.inference_mode()
 def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
     """One forward of sequences that have one `CachedSequence.pack_key`."""
     first = sequences[0]
