@@ -222,7 +222,7 @@ def _intercepted(model: Any) -> Iterator[str]:
     For tensors `_attend` is that implementation: forwards of other threads in the meantime are as ever.
     """
     with _lock:
-        configs, name, users = _in_use.get(model) or (_configs(model), attention_of(model.config), 0)
+        configs, name, users = _in_use.get(model) or (_configs(model), attention_of(_configs(model)[0]), 0)
         _in_use[model] = configs, name, users + 1
         if PACKED_PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
             inner = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
@@ -250,7 +250,7 @@ def _configs(model: Any) -> list[Any]:
 
 def _rename(configs: Sequence[Any], name: str) -> None:
     for config in configs:
-        config._attn_implementation_internal = name
+        vars(config)["_attn_implementation_internal"] = name  # a config's own __setattr__ takes longer than attention
 
 
 def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:

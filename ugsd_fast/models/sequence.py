@@ -125,17 +125,25 @@ class CachedSequence:
 
     def pack_key(self, tokens: Tensor) -> Hashable:
         """Sequences with equal keys can append their tokens in one forward; None where this one takes its own."""
-        if not self._packs or (self.length == 0 and not self._begins_packed(tokens)):
+        if not self._packs:
+            return None
+        if self.length:
+            return self._step_key
+        if not self._begins_packed(tokens):
             return None
         audio = tuple((name, value.shape) for name, value in sorted(self._prompt.items()) if name != "input_ids")
-        return id(self.model), self._toggles_adapter and self._hears, self.length == 0, audio
+        return *self._step_key, audio
+
+    @cached_property
+    def _step_key(self) -> tuple[int, bool]:
+        return id(self.model), self._toggles_adapter and self._hears
 
     @cached_property
     def _packs(self) -> bool:
         return (
             self._mask is None
             and isinstance(self_attention(self.cache), GrowingCache)
-            and attention_of(self.model.config) in PACKABLE_ATTENTION
+            and attention_of(self.model.config.get_text_config(decoder=True)) in PACKABLE_ATTENTION
         )
 
     def _begins_packed(self, tokens: Tensor) -> bool:
