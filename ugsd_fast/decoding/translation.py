@@ -8,8 +8,8 @@ tokenizer writes spaces or splits bytes:
 - final tokens never change: a draft goes on exactly where their text ends. Where they end within a character, only a
   draft that completes the character with the bytes begun is taken;
 - a character counts once all of its bytes are there. Until then, the drafter's tokens wait for those that follow;
-- a draft token that the verifier's tokenizer cannot write is where the block ends, if need be before its first token:
-  an empty block lets the verifier write the next token itself;
+- a draft token that is no text, or that the verifier's tokenizer cannot write, is where the block ends, if need be
+  before its first token: an empty block lets the verifier write the next token itself;
 - end-of-sequence tokens, which have no text, stand for each other; other special tokens are not translated.
 
 Block and entropies are the verifier's tokens': the entropy of one is the largest of the drafter's tokens with which it
@@ -126,12 +126,15 @@ class Transcript:
         if not ids:
             return
         base = self.last_whole()
-        start, known = self._context(base), len(self.ids)
+        start = self._context(base)
         self.ids.extend(ids)
         skipped = len(self._codec.decode(self.ids[start:base]))
-        texts = [self._codec.decode(self.ids[start:count])[skipped:] for count in range(known + 1, len(self.ids) + 1)]
-        complete = texts[-1].rstrip(_PARTIAL)
+        texts = [self._codec.decode(self.ids[start:count])[skipped:] for count in range(base + 1, len(self.ids) + 1)]
+        # Some decoders give up a whole run of bytes for one character that is not complete.
+        unbroken = next((text for text in reversed(texts) if not text.endswith(_PARTIAL)), "")
+        complete = max(unbroken, texts[-1].rstrip(_PARTIAL), key=len)
         at = self.ends[base]
+        del self.ends[base + 1 :], self.whole[base + 1 :]
         for text in texts:
             agreeing = _agreeing(text, complete)
             self.ends.append(max(self.ends[-1], at + agreeing))
@@ -380,7 +383,8 @@ class TranslatingDrafter:
         """Append the drafter's text to the final tokens, and return how many of the verifier's tokens it took."""
         final = self._final
         final.truncate(self._settled)
-        wanted = final.text + self._own.text[self._written :]
+        # Bytes that make no character would come back as the replacement character's own bytes.
+        wanted = final.text + self._own.text[self._written :].partition(_PARTIAL)[0]
         if wanted == final.text:
             return 0
         base = final.last_whole()
@@ -413,6 +417,7 @@ class TranslatingDrafter:
         """Entropy of one of the verifier's tokens: the largest of the drafter's that share a character with it."""
         own, shift = self._own, self._written - self._final.ends[self._settled]
         first, last = (character + shift for character in self._final.span(index))
+        last = max(last, first + 1)  # a word's mark without a space, at the very beginning, goes with its word
         entropy = 0.0
         for k in range(max(bisect_left(own.ends, first) - 1, 0), len(own.ids)):
             begin, end = own.span(k)
@@ -446,7 +451,7 @@ class TranslatingDrafter:
         """Forget the drafter's tokens behind the first `kept`, and feed it others."""
         own = self._own
         if not fed:  # a text without a token: the drafter's own first token stands in for it
-            kept = max(kept, 1)
+            kept = max(kept, min(1, len(own.ids)))
         cached = len(own.ids) - self.drafter.pending.shape[1]
         if kept < cached:
             self.drafter.sequence.rollback(cached - kept)
