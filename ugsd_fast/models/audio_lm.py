@@ -244,9 +244,10 @@ class AudioLM:
             If the prompt has not as many audio placeholders as the audio needs.
         """
         self.check_placeholders(inputs)
+        heard = inputs.get("encoder_outputs")
         inputs = self.to_device(inputs)
         if self.family is not None and self.family.is_encoder_decoder:
-            return EncoderDecoderSequence(self.model, inputs)
+            return EncoderDecoderSequence(self.model, inputs, heard)
         return CachedSequence(self.model, inputs, self.family)
 
     def decode(self, tokens: Sequence[int]) -> str:

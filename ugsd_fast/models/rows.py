@@ -14,6 +14,7 @@ from ugsd_fast.models.audio_lm import AudioLM
 from ugsd_fast.models.sequence import CLIP_INPUTS
 
 _OF_CLIPS = CLIP_INPUTS | {"audio_feature_lengths"}
+_HEARD = {"encoder_outputs", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
 
 
 def split_rows(model: AudioLM, inputs: Mapping[str, Any], *, keep_padding: bool = False) -> list[dict[str, Any]]:
@@ -51,7 +52,7 @@ def split_rows(model: AudioLM, inputs: Mapping[str, Any], *, keep_padding: bool 
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     decodes = model.family is not None and model.family.is_encoder_decoder
-    return _heard_rows(inputs, keep_padding) if decodes else _prompted_rows(model, inputs, keep_padding)
+    return _heard_rows(model, inputs, keep_padding) if decodes else _prompted_rows(model, inputs, keep_padding)
 
 
 def _prompted_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -> list[dict[str, Any]]:
@@ -62,7 +63,7 @@ def _prompted_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -
         starts = [0] * len(starts)
     foreign = [name for name, value in inputs.items() if getattr(value, "shape", None) != ids.shape]
     if foreign:
-        raise ModelError(f"{type(model.model).__name__}: got {foreign[0]}, expected inputs of text and audio only")
+        raise ModelError(f"{type(model.model).__name__}: got {min(foreign)}, expected inputs of audio and text only")
     rows = [
         {name: value[row : row + 1, start:] for name, value in inputs.items()} for row, start in enumerate(starts)
     ]
@@ -96,7 +97,11 @@ def _filled(family: Any, config: Any, clips: Mapping[str, Tensor], own: slice) -
     return family.audio_tokens(config, {name: value[own] for name, value in clips.items()})
 
 
-def _heard_rows(inputs: dict[str, Any], keep_padding: bool) -> list[dict[str, Any]]:
+def _heard_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -> list[dict[str, Any]]:
+    assert model.family is not None
+    foreign = inputs.keys() - _HEARD - {model.family.audio}
+    if foreign:
+        raise ModelError(f"{type(model.model).__name__}: got {min(foreign)}, expected inputs of audio and text only")
     count = next(iter(value[0] if isinstance(value, ModelOutput) else value for value in inputs.values())).shape[0]
     mask = inputs.pop("decoder_attention_mask", None)
     starts = _padding(mask, count)
