@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.decoder import Decoder
-from ugsd_fast.decoding.processors import check_processors, split_warpers
+from ugsd_fast.decoding.processors import split_warpers
 from ugsd_fast.decoding.streaming import Streamer
 from ugsd_fast.decoding.trace import Result
 from ugsd_fast.models import AudioLM
@@ -129,56 +129,45 @@ class UGSDGenerate:
         _refuse_what_generate_keeps()
         _refuse_settings(generation_config, model_kwargs)
         _refuse_positions(input_ids, model_kwargs)
-        verifier = self._verifier_of(model)
-        rows, room = input_ids.shape[0], stopping_criteria.max_length - input_ids.shape[1]
-        ends, criteria = _split_ends(stopping_criteria)
+        verifier, rows = self._verifier_of(model), input_ids.shape[0]
+        ends, length, criteria = _split_ends(stopping_criteria)
         if stop_strings is not None:
             criteria.append(self._stop_strings(stop_strings, verifier))
         processors, warpers = split_warpers(logits_processor)
-        check_processors(processors, rows=rows)
-        check_processors(criteria)
         pad = _pad_token(generation_config)
         if rows > 1 and criteria and pad is None:
             raise ValueError("UGSDGenerate: pad_token_id is None, expected one (rows of a batch end one by one)")
+        if rows > 1 and self.streamer is not None:
+            raise ValueError(f"UGSDGenerate: streamer is given with a batch of {rows}, expected one row")
 
+        config = self._config_of(generation_config, warpers, ends)
+        scored = _wants_scores(generation_config, config)
         inputs = _model_inputs(verifier.model, input_ids, model_kwargs)
-        heard = {} if not model.config.is_encoder_decoder else {model.main_input_name: inputs_tensor}
-        columns = {
+        heard = {model.main_input_name: inputs_tensor} if model.config.is_encoder_decoder else {}
+        columns: dict[str, Any] = {
             "verifier_inputs": split_rows(verifier.model, inputs, keep_padding=bool(processors or criteria)),
             "inputs": self._drafter_rows(drafter_inputs, {**heard, **inputs}, rows),
+            "logits_processor": processors or None,
+            "stopping_criteria": criteria or None,
+            "max_new_tokens": max(length - input_ids.shape[1], 1),
         }
-        config = self._config_of(generation_config, warpers, ends)
-        scored = generation_config.return_dict_in_generate and (
-            generation_config.output_scores or generation_config.output_logits
-        )
         if scored:
-            if not config.always_escalate:
-                raise ValueError(
-                    "UGSDGenerate: output_scores or output_logits are asked for with always_escalate=False, expected "
-                    "True (the verifier never sees a block that is accepted locally)"
-                )
-            verifier = _Scoring(verifier)
+            verifier = _ScoringVerifier(verifier)
         decoder = self._decoder_of(verifier, config)
-        one = self.streamer is not None
-        if one and rows > 1:
-            raise ValueError(f"UGSDGenerate: streamer is given with a batch of {rows}, expected one row")
-        found = decoder.generate(
-            **{name: column[0] if one and column else column for name, column in columns.items()},
-            max_new_tokens=room,
-            max_batch_size=self.max_batch_size,
-            logits_processor=processors or None,
-            stopping_criteria=criteria or None,
-            streamer=self.streamer,
-        )
-        self.results = [found] if one else found
+        if self.streamer is not None:
+            for name in ("verifier_inputs", "inputs"):
+                columns[name] = columns[name] and columns[name][0]
+            self.results = [decoder.generate(**columns, streamer=self.streamer)]
+        else:
+            self.results = decoder.generate(**columns, max_batch_size=self.max_batch_size)
 
         written = [torch.tensor(result.tokens, device=input_ids.device) for result in self.results]
         padded = nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=0 if pad is None else pad)
         sequences = torch.cat([input_ids, padded], 1)
         if not generation_config.return_dict_in_generate:
             return sequences
-        kept = verifier.kept([len(row) for row in written]) if isinstance(verifier, _Scoring) else Judgements()
-        output = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+        kept = verifier.kept([len(row) for row in written]) if isinstance(verifier, _ScoringVerifier) else Judgements()
+        output: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
         return output(
             sequences=sequences,
             scores=tuple(kept.scores) if generation_config.output_scores else None,
@@ -193,7 +182,7 @@ class UGSDGenerate:
 
     def _decoder_of(self, verifier: LocalVerifier, config: UGSDConfig) -> Decoder:
         """The last call's decoder, if only its seed is another."""
-        if isinstance(verifier, _Scoring):
+        if isinstance(verifier, _ScoringVerifier):
             return Decoder(self.drafter, verifier, config)
         known = self._decoder
         if known is None or known.verifier is not verifier or known.config != replace(config, seed=known.config.seed):
@@ -245,7 +234,7 @@ class UGSDGenerate:
         return StopStringCriteria(verifier.tokenizer, strings if isinstance(strings, str) else list(strings))
 
 
-class _Scoring(LocalVerifier):
+class _ScoringVerifier(LocalVerifier):
     """A verifier for one call that keeps what it thought of every token."""
 
     def __init__(self, verifier: LocalVerifier):
@@ -253,6 +242,7 @@ class _Scoring(LocalVerifier):
         self._rows: list[Judgements] = []
 
     def open(self, config: UGSDConfig, **kwargs: Any) -> LocalSession:
+        """Start a session; see `LocalVerifier.open`."""
         session = super().open(config, **kwargs)
         session.judgements = Judgements()
         self._rows.append(session.judgements)
@@ -308,6 +298,18 @@ def _refuse_settings(config: GenerationConfig, model_kwargs: Inputs) -> None:
             )
 
 
+def _wants_scores(generation_config: GenerationConfig, config: UGSDConfig) -> bool:
+    asked = generation_config.output_scores or generation_config.output_logits
+    if not (generation_config.return_dict_in_generate and asked):
+        return False
+    if not config.always_escalate:
+        raise ValueError(
+            "UGSDGenerate: output_scores or output_logits are asked for with always_escalate=False, expected True "
+            "(the verifier never sees a block that is accepted locally)"
+        )
+    return True
+
+
 def _refuse_positions(input_ids: Tensor, model_kwargs: Inputs) -> None:
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     if positions is None:
@@ -332,16 +334,12 @@ def _model_inputs(model: AudioLM, input_ids: Tensor, model_kwargs: Inputs) -> di
     return inputs
 
 
-def _split_ends(criteria: StoppingCriteriaList) -> tuple[frozenset[int], StoppingCriteriaList]:
-    """End-of-sequence tokens, and the criteria beside them and the length, which the loop itself looks at."""
-    ends: frozenset[int] = frozenset()
-    others = StoppingCriteriaList()
-    for one in criteria:
-        if type(one) is EosTokenCriteria:
-            ends |= frozenset(one.eos_token_id.tolist())
-        elif type(one) is not MaxLengthCriteria:
-            others.append(one)
-    return ends, others
+def _split_ends(criteria: StoppingCriteriaList) -> tuple[frozenset[int], int, StoppingCriteriaList]:
+    """End-of-sequence tokens and greatest length, which the loop itself looks at, and the other criteria."""
+    ends = [one.eos_token_id.tolist() for one in criteria if type(one) is EosTokenCriteria]
+    length = min(one.max_length for one in criteria if type(one) is MaxLengthCriteria)
+    others = [one for one in criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
+    return frozenset().union(*ends), length, StoppingCriteriaList(others)
 
 
 def _pad_token(config: GenerationConfig) -> int | None:

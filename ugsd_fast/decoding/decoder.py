@@ -124,8 +124,8 @@ class Decoder:
         stopping_criteria : StoppingCriteriaList, optional
             Asked after each token that is final; the caption ends behind the first that one says yes to.
         streamer : transformers.TextStreamer or its like, optional
-            Put in: the prompt (the verifier's, or the drafter's where there is no verifier in this process), then tokens
-            as they become final. For one input only.
+            Is given the prompt (the verifier's, or the drafter's where there is no verifier in this process), then
+            tokens as they become final. For one input only.
 
         Returns
         -------

@@ -64,9 +64,7 @@ def _prompted_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -
     foreign = [name for name, value in inputs.items() if getattr(value, "shape", None) != ids.shape]
     if foreign:
         raise ModelError(f"{type(model.model).__name__}: got {min(foreign)}, expected inputs of audio and text only")
-    rows = [
-        {name: value[row : row + 1, start:] for name, value in inputs.items()} for row, start in enumerate(starts)
-    ]
+    rows = [{name: value[row : row + 1, start:] for name, value in inputs.items()} for row, start in enumerate(starts)]
     if clips:
         for row, own in zip(rows, _clips_of(model, clips, rows), strict=True):
             row.update({name: value[own] for name, value in clips.items()} if own.start < own.stop else {})

@@ -116,7 +116,7 @@ class Feed(NamedTuple):
 
 @dataclass(slots=True)
 class Judgements:
-    """What the verifier thought at each emitted token: its logits, and the scores that were judged by, [n, V] a block."""
+    """At each emitted token, the verifier's logits and the scores that the rule judged by: [n, V] a block."""
 
     logits: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
