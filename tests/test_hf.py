@@ -398,7 +398,6 @@ def test_text_can_be_iterated_over_in_another_thread(audio_lm: LoadModel, speech
 REFUSED = {
     "beams": ({"num_beams": 2}, "generation mode is 'beam_search'"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "generation mode is 'assisted_generation'"),
-    "several sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2"),
     "static cache": ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
     "no cache": ({"use_cache": False}, "use_cache is False"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions is True"),
@@ -439,3 +438,17 @@ def test_sampling_and_ends_are_the_calls(verifiers: dict[str, Tiny]) -> None:
     target.model.generate(
         **target.inputs(), max_new_tokens=4, do_sample=False, eos_token_id=[9, 7], custom_generate=agreeing
     )
+
+
+def test_several_sequences_of_one_prompt_are_draws_of_their_own(verifiers: dict[str, Tiny]) -> None:
+    target = verifiers["voxtral"]
+    ugsd = UGSDGenerate(target.model, target.inputs())
+    settings: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12, "num_return_sequences": 3}
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(target.model.generate(**target.inputs(), **settings, custom_generate=ugsd))
+        assert all(result.metrics.acceptance_rate == 1.0 for result in ugsd.results)  # of a copy
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert len({tuple(row) for row in runs[0].tolist()}) == 3

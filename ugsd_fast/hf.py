@@ -71,7 +71,7 @@ class UGSDGenerate:
     Raises
     ------
     ValueError
-        On a call with a setting that cannot be honoured (beams, several sequences a row, attentions, a cache of one's
+        On a call with a setting that cannot be honoured (beams, attentions, a cache of one's
         own …); nothing is ignored.
 
     Notes
@@ -144,9 +144,10 @@ class UGSDGenerate:
         scored = _wants_scores(generation_config, config)
         inputs = _model_inputs(verifier.model, input_ids, model_kwargs)
         heard = {model.main_input_name: inputs_tensor} if model.config.is_encoder_decoder else {}
+        copies = generation_config.num_return_sequences or 1
         columns: dict[str, Any] = {
             "verifier_inputs": split_rows(verifier.model, inputs, keep_padding=bool(processors or criteria)),
-            "inputs": self._drafter_rows(drafter_inputs, {**heard, **inputs}, rows),
+            "inputs": self._drafter_rows(drafter_inputs, {**heard, **inputs}, rows, copies),
             "logits_processor": processors or None,
             "stopping_criteria": criteria or None,
             "max_new_tokens": max(length - input_ids.shape[1], 1),
@@ -210,7 +211,7 @@ class UGSDGenerate:
             asked["seed"] = (config.seed + int(torch.randint(2**63 - 1, ()))) % 2**64
         return replace(config, **asked)
 
-    def _drafter_rows(self, given: Any, inputs: Inputs, rows: int) -> list[dict[str, Any]] | None:
+    def _drafter_rows(self, given: Any, inputs: Inputs, rows: int, copies: int) -> list[dict[str, Any]] | None:
         if self.drafter is None:
             return None
         given = self.drafter_inputs if given is None else given
@@ -222,6 +223,8 @@ class UGSDGenerate:
                 "(the two models never share inputs: each has its own processor and prompt)"
             )
         found = split_rows(self.drafter, {name: value for name, value in given.items() if name not in _OWN})
+        if len(found) * copies == rows:  # generate() has repeated its own
+            found = [row for row in found for _ in range(copies)]
         if len(found) != rows:
             raise ValueError(f"UGSDGenerate: drafter_inputs have {len(found)} rows, expected {rows} as the call has")
         return found
@@ -282,7 +285,6 @@ def _refuse_settings(config: GenerationConfig, model_kwargs: Inputs) -> None:
     cache = model_kwargs.get("past_key_values")
     asked = {
         "generation mode": (str(getattr(mode, "value", mode)), ("greedy_search", "sample")),
-        "num_return_sequences": (config.num_return_sequences, (None, 1)),
         "cache_implementation": (config.cache_implementation, _DEFAULT_CACHES),
         "use_cache": (model_kwargs.get("use_cache"), (None, True)),
         "tokens in past_key_values": (0 if cache is None else int(cache.get_seq_length()), (0,)),
