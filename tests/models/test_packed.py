@@ -35,7 +35,9 @@ def check_equal(model: Any, opened: Callable[[int], CachedSequence], rows: int =
     for turn in range(ROUNDS):
         counts = torch.randint(0 if turn == 0 else 1, 6, (rows,), generator=generator).tolist()
         tokens = [torch.randint(3, 60, (1, count), generator=generator) for count in counts]
-        keep = [count + 1 if turn == 0 else int(torch.randint(1, count + 1, (), generator=generator)) for count in counts]
+        keep = [
+            count + 1 if turn == 0 else int(torch.randint(1, count + 1, (), generator=generator)) for count in counts
+        ]
         calls[0] = 0
         hook = model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         got = forward_packed(packed, tokens, keep)
