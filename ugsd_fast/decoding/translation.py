@@ -443,21 +443,16 @@ class TranslatingDrafter:
                 break
             counts.append(count)
         count, ids = next(own.rewrites(counts, wanted))
-        same = _agreeing(own.ids[count:], ids)
-        self._rewind(count + same, ids[same:])
-        self._written = len(own.text)
-
-    def _rewind(self, kept: int, fed: list[int]) -> None:
-        """Forget the drafter's tokens behind the first `kept`, and feed it others."""
-        own = self._own
-        if not fed:  # a text without a token: the drafter's own first token stands in for it
-            kept = max(kept, min(1, len(own.ids)))
+        if not ids:  # a text without a token: the drafter's own first token stands in for it
+            count = max(count, min(1, len(own.ids)))
+        kept = count + _agreeing(own.ids[count:], ids)
         cached = len(own.ids) - self.drafter.pending.shape[1]
         if kept < cached:
             self.drafter.sequence.rollback(cached - kept)
-        own.truncate(kept)
-        own.extend(fed)
-        self._entropy[kept:] = [0.0] * len(fed)
+        own.truncate(count)
+        own.extend(ids)
+        self._entropy[kept:] = [0.0] * (len(own.ids) - kept)
+        self._written = len(own.text)
         self._feed(own.ids[min(cached, kept) :])
 
     def _feed(self, ids: Sequence[int]) -> None:
