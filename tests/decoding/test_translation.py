@@ -56,7 +56,8 @@ class Writer:
     Once it has gone another way, or written all, it writes anything, or its end.
     """
 
-    pack_key = None
+    def pack_key(self, tokens: Tensor) -> None:
+        return None
 
     def __init__(self, kind: str, text: str, seed: int = 0, *, end: bool = False, longest: bool = False):
         self.kind, self.text, self.seed, self.longest = kind, text.encode(), seed, longest
