@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.decoding import tokenizers
-from ugsd_fast import UGSDConfig
+from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig, VocabularyMismatchError
 from ugsd_fast.decoding.drafter import Drafter
-from ugsd_fast.decoding.translation import END, Codec, Transcript, TranslatingDrafter, Translation
+from ugsd_fast.decoding.translation import END, Codec, Transcript, TranslatingDrafter, Translation, translation_between
 
 EXACT = tokenizers.EXACT
 PAIRS = [  # drafter, verifier
@@ -104,15 +105,14 @@ class Writer:
 
 def open_drafter(writer: Writer, verifier: str, config: UGSDConfig | None = None) -> TranslatingDrafter:
     mapping = translation(writer.kind, verifier)
-    vocab_size = len(table(writer.kind))
     drafter = Drafter(
         writer,  # type: ignore[arg-type]
         config or UGSDConfig(),
         eos_token_ids=mapping.drafter.ends,
-        vocab_size=vocab_size,
+        vocab_size=len(table(writer.kind)),
         device=torch.device("cpu"),
     )
-    return TranslatingDrafter(drafter, mapping, vocab_size=vocab_size)
+    return TranslatingDrafter(drafter, mapping)
 
 
 def own_tokens(drafter: TranslatingDrafter, writer: Writer) -> list[int]:

@@ -290,14 +290,11 @@ class TranslatingDrafter:
         Drafts the request in the edge model's tokens.
     translation : Translation
         The two tokenizers.
-    vocab_size : int
-        Columns of the edge model's logits; a token beyond them cannot be fed to it.
     """
 
-    def __init__(self, drafter: Drafter, translation: Translation, *, vocab_size: int):
+    def __init__(self, drafter: Drafter, translation: Translation):
         self.drafter = drafter
         self._ends = translation.ends
-        self._last_token = vocab_size - 1
         self._own = Transcript(translation.drafter)  # the drafter's tokens behind its prompt
         self._entropy: list[float] = []  # of each, nats; 0 for those that it was fed
         self._written = 0  # characters of the drafter's text that stand for final text
@@ -456,7 +453,7 @@ class TranslatingDrafter:
         self._feed(own.ids[min(cached, kept) :])
 
     def _feed(self, ids: Sequence[int]) -> None:
-        tokens = [min(token, self._last_token) for token in ids]
+        tokens = [min(token, self.drafter.last_token) for token in ids]
         self.drafter.pending = torch.tensor([tokens], dtype=torch.long, device=self.drafter.pending.device)
 
 
