@@ -350,15 +350,15 @@ class Decoder:
             self.draft.check_placeholders(prepared)
             prepared = self.draft.to_device(prepared)
             return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
-        translation, vocab_size = self._translation, self.draft.vocab_size
+        translation = self._translation
         drafter = Drafter(
             self.draft.open(prepared),
             config,
             eos_token_ids=translation.drafter.ends if translation else self.eos_token_ids,
-            vocab_size=vocab_size,
+            vocab_size=self.draft.vocab_size,
             device=self.draft.device,
         )
-        return TranslatingDrafter(drafter, translation, vocab_size=vocab_size) if translation else drafter
+        return TranslatingDrafter(drafter, translation) if translation else drafter
 
     def _graph_of(self, capacity: int) -> DraftGraph:
         """A draft graph that nobody uses and that holds as many tokens, the smallest there is."""
