@@ -35,7 +35,7 @@ LEFT_OUT = (
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_ops_own_tests(module: str) -> None:
-    """All kinds of rows, dtypes, layouts, ids, filters, rules and limits; equal bits wherever rows lie; poisoned out."""
+    """All kinds of rows, dtypes, layouts, ids, filters, rules, limits, poisoned results; equal bits anywhere."""
     left_out = " and ".join(f"not {name}" for name in LEFT_OUT)
     run("pytest", "-q", "-x", "-p", "tests.cuda.emulated", f"tests/ops/test_{module}.py", "-k", left_out)
 
