@@ -24,14 +24,14 @@ from ugsd_fast import ops
 from ugsd_fast.reference.spec import SPECS, Case
 
 BLOCK = 5  # K
-DRAW = 4096  # columns of the block that a draw reads again, once the row's masses are known
+DRAW = 4096  # columns that a draw, or a filter's cut, reads again once the row's masses are known
 TAIL, SHORT = 8, 64  # slots of a cache: those that a rejected block may empty, and those of a short one
 EAGER = "torch eager"
 MATMUL = "torch matmul + statistics"
 COMPILED = (EAGER, MATMUL, GREEDY)
 """Peers that are plain torch functions, which torch.compile can take whole."""
 SAMPLING_RULES, COMPARING_RULES = ("exact", "block"), ("greedy", "rank", "typical", "relaxed")
-LAUNCHES = {"greedy": 1, "rank": 1, "exact": 2, "block": 3}
+LAUNCHES = dict.fromkeys(COMPARING_RULES, 1) | {"exact": 2, "block": 3}
 
 Call = Callable[[], object]
 
@@ -65,7 +65,7 @@ class Problem:
         Makes the inputs on a device.
     extra
         ``extra(arguments, results)``: bytes beside the spec's floor that the op's definition reads again: the block of
-        a draw, the rows of a residual, a row whose cut is known only once it has been read.
+        a draw, as much where a filter's cut is looked for, the rows of a residual.
     launches
         The most kernels that a call may launch, None where nothing is promised.
     """
@@ -176,17 +176,14 @@ def problems(rows: int, vocabulary: int, dtype: torch.dtype, width: int, slots: 
         yield problem("logprob_rank", label, partial(make_rank, carried))
     for label, filters in FILTERS.items():
         if filters:
-            again = rows * vocabulary * dtype.itemsize  # where to cut is known when the whole row has been read
-            make = partial(make_filter, filters)
-            yield problem("filter_logits", label, make, extra=lambda *_, again=again: again, launches=None)
+            # Where to cut is known when the whole row has been read: what may be cut is then read again.
+            yield problem("filter_logits", label, partial(make_filter, filters), extra=lambda *_: rows * drawn)
     for label, filters in FILTERS.items():
-        plain = not filters
-        make = partial(make_sample, filters)
-        yield problem("sample", label, make, extra=lambda *_: rows * drawn, launches=1 if plain else None)
+        yield problem("sample", label, partial(make_sample, filters), extra=lambda *_: rows * drawn)
     yield problem("gate_block", "", make_gate, columns=BLOCK, dtype=torch.float32)
     for rule in COMPARING_RULES:
         make = partial(_compared, rule, rows, vocabulary, dtype)
-        yield problem("accept_block", rule, make, launches=LAUNCHES.get(rule))
+        yield problem("accept_block", rule, make, launches=LAUNCHES[rule])
     for rule in SAMPLING_RULES:
         for carried in (True, False):
             for accepted in (0, 2, BLOCK):

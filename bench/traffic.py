@@ -252,8 +252,9 @@ HOW = """\
 **How.** Each op runs once on the Triton backend under Triton's interpreter, and every load, store and atomic of every
 program is counted: *asked* is what its lanes ask for, an address once; *sectors* 32 bytes for each distinct 32-byte
 sector of one instruction. Both are divided by the bytes *needed*: each logit once; where a token is drawn, its block of
-4096 columns and the rows of the residual again; where logits are filtered, a second time, since the cut is known only
-when the row has been read. *Once* divides by every byte that matters counted once, which a draw or a cut cannot reach.
+4096 columns and the rows of the residual again; where logits are filtered, 4096 columns again, among which the cut is
+looked for, since it is known only when the row has been read. *Once* divides by every byte that matters counted once,
+which a draw or a cut cannot reach.
 Launches count kernels of the op and of torch together; what a first call prepares for later ones (scratch, tables of
 addresses) is left out. `/` separates {dtypes}.
 A peer's bytes are the sum of what each aten operator reads and writes, so a lower bound: a sort or a multinomial counts

@@ -32,6 +32,7 @@ from ugsd_fast.kernels.rows import (
     load_tile,
     log1p,
     plan_of,
+    registers,
     row_offset,
     scratch,
     setting,
@@ -656,6 +657,7 @@ def accept_block(
             RESIDUALS=again.records,
             BLOCK_K=block_k,
             num_warps=again.warps,
+            **registers(96),
         )
     return out
 

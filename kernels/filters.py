@@ -141,9 +141,7 @@ def bits_of(b_z, p_row):
 
 
 @triton.jit
-def gather(
-    p_row, p_work, listed, columns, low, high, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
-):
+def gather(p_row, p_work, listed, columns, low, high, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Write the first TILE columns of the listed groups from ``low`` on and up to ``high``; return how many there are.
 
     A candidate is its logit and its place among the columns of the groups listed.
@@ -318,7 +316,7 @@ def filter_threshold(
     listed = list_groups(p_work, b_max, lowest, TILE, GROUPS)
     # All candidates first, then those in question for top-k, and for top-p of the mass that top-k leaves.
     found = tl.full((), 0, tl.int32)
-    for stage in range(0, 3 if TOP_P else 2 if TOP_K else 1):
+    for stage in range(3 if TOP_P else 2 if TOP_K else 1):
         by_mass = stage == 2
         if (stage == 0) | (cuts_p if by_mass else cuts_k):
             target = tl.where(by_mass, top_p.to(tl.float64) * total, top_k.to(tl.float64))

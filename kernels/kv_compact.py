@@ -26,7 +26,7 @@ from ugsd_fast.kernels.rows import arrives_last, multiprocessors, scratch
 BLOCK_MASK = 4096
 MOST_HEADS = 4
 TILE = {True: 4096, False: 1024}
-"""Elements, of up to 8 bytes, that a tile of heads, slots and a part of their rows holds: of aligned rows, and others."""
+"""Elements, of up to 8 bytes, in a tile of heads, slots and a part of their rows: of aligned rows, and of others."""
 
 FIELDS = 6
 """Of a table row: address, heads, then batch, head and slot strides and the row's length in elements of a unit."""

@@ -332,8 +332,9 @@ def plan(rows: int, columns: int, multiprocessors: int, size: int, lanes: int, n
 
     ``lanes`` is the number of threads of a warp, ``narrow`` asks for tiles of 1024.
     """
-    # A record written and read, 28 or 36 bytes, is to stay under 2% of its tile, under 4% for a single row.
-    finest = (1024 if rows == 1 else 2048) // size
+    # A record written and read, 28 or 36 bytes, is to stay under 2% of its tile, under 4% for a single row. Short rows
+    # have no use for many programs.
+    finest = (1024 if rows == 1 else 2048) // size if columns > 16 * 1024 else 1024
     wide = (tile for tile in TILES if 10 * rows * triton.cdiv(columns, tile) >= 9 * multiprocessors)
     width = 1024 if narrow else max(finest, next(wide, 0))
     tile = max(CHUNK.value, min(width, triton.next_power_of_2(columns)))

@@ -1,8 +1,8 @@
 """sample: one token a row from softmax(filter(z / T)), with its statistics (MATH.md: the hierarchical inverse CDF).
 
 One launch. Bytes moved: each logit once, the tile that holds the draw once more, and 14 written and 14 read a tile, 18
-of float32. With filters, instead of that tile, a logit written and read a group of 32 or 64 columns, and the groups that
-may hold a survivor once more (`ugsd_fast.kernels.filters`).
+of float32. With filters, instead of that tile, a logit written and read a group of 32 or more columns, and the groups
+that may hold a survivor once more (`ugsd_fast.kernels.filters`).
 """
 
 from __future__ import annotations

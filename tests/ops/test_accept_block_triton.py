@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bench.interpreter import LOAD, watch
 from tests.ops import cases
 from ugsd_fast import ops
 
@@ -84,3 +87,67 @@ def test_scratch_may_hold_anything_but_counters_at_zero(rule: str) -> None:
         out = ops.Acceptance(*(torch.full_like(field, 77) for field in expected))
         got = ops.accept_block(**arguments, out=out)
         assert all(map(cases.same_bits, got, expected))
+
+
+class RowsRead:
+    """Counts the elements that kernels load of each row of a tensor ``[B, K, V]``."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.start, self.row = tensor.data_ptr(), tensor.shape[-1] * tensor.element_size()
+        self.loads = np.zeros(tensor.shape[:-1].numel(), dtype=np.int64)
+        self.shape = tensor.shape[:-1]
+
+    def launch(self, kernel: str, tensors: Sequence[Tensor]) -> None: ...
+
+    def grid(self, programs: tuple[int, int, int]) -> None: ...
+
+    def access(self, kind: str, addresses: np.ndarray, size: int) -> None:
+        rows = (np.unique(addresses).astype(np.int64) - self.start) // self.row
+        inside = (rows >= 0) & (rows < len(self.loads))
+        if kind == LOAD:
+            np.add.at(self.loads, rows[inside], 1)
+
+    @property
+    def elements(self) -> Tensor:
+        return torch.from_numpy(self.loads).view(self.shape)
+
+
+@pytest.mark.parametrize("rule", ["exact", "block"])
+def test_of_the_drafter_only_rows_of_residuals_are_read(rule: str) -> None:
+    """With its logsumexp given: one logit of the other rows, that of the drafted token. `block` stops at the first
+    success from the right: no row left of it is read."""
+    batch, block, vocabulary = 40, 4, 150
+    tokens, target, draft = blocks(batch, block, vocabulary, seed=12)
+    arguments = {"draft_tokens": tokens, "target_logits": target, "draft_logits": draft, "rule": rule, "seed": 4}
+    arguments["draft_logsumexp"] = draft.double().logsumexp(-1).float()
+    read = RowsRead(draft)
+    with watch(read):
+        got = ops.accept_block(**arguments)
+    kept = got.num_accepted[:, None]
+    position = torch.arange(block)
+    whole = position == kept  # its residual gives the next token
+    if rule == "block":
+        tried = torch.cat([torch.zeros(batch, 1), got.accept_prob[:, :-1]], -1) > 0  # h of the prefix before a row
+        whole |= (position > kept) & (kept < block) & tried
+        assert (whole.sum(-1) > 1).any(), "some block tries more than one prefix"
+        assert ((kept > 1) & (kept < block)).any(), "some block leaves rows on the left"
+    assert torch.equal(read.elements >= vocabulary, whole)
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    assert (read.elements[~whole] <= inside[~whole].long()).all()
+
+
+@pytest.mark.parametrize("rule", ["exact", "block"])
+def test_unread_rows_of_the_drafter_may_hold_anything(rule: str) -> None:
+    batch, block, vocabulary = 40, 4, 150
+    tokens, target, draft = blocks(batch, block, vocabulary, seed=12)
+    arguments = {"draft_tokens": tokens, "target_logits": target, "rule": rule, "seed": 4}
+    arguments["draft_logsumexp"] = draft.double().logsumexp(-1).float()
+    expected = ops.accept_block(**arguments, draft_logits=draft)
+    unread = torch.arange(block) < expected.num_accepted[:, None]  # left of the residual's row
+    poisoned = torch.where(unread[..., None], torch.nan, draft)
+    own = tokens.clamp(0, vocabulary - 1)[..., None]
+    poisoned.scatter_(-1, own, draft.gather(-1, own))
+    got = ops.accept_block(**arguments, draft_logits=poisoned)
+    assert unread.any()
+    assert all(map(cases.same_bits, got, expected))
