@@ -14,7 +14,7 @@ from torch import Tensor
 from ugsd_fast.audio import load_audio
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.attention import best_attention
-from ugsd_fast.models.encoder_decoder import EncoderDecoderSequence
+from ugsd_fast.models.encoder_decoder import EncoderDecoderSequence, decoder_prompt
 from ugsd_fast.models.families import FAMILIES, REFUSED, Family, family_of, refuse_unsupported
 from ugsd_fast.models.processors import load_processor
 from ugsd_fast.models.sequence import CachedSequence
@@ -221,6 +221,12 @@ class AudioLM:
                 inputs[name] = inputs[name][..., :frames]
         return self.to_device(inputs)
 
+    def prompt_ids(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token ids [1, P] that generated tokens follow: ``input_ids``, or what an encoder-decoder starts with."""
+        if self.family is not None and self.family.is_encoder_decoder:
+            return decoder_prompt(self.model, inputs)
+        return inputs["input_ids"]
+
     def to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `inputs` on the model's device, floating-point ones in the model's dtype."""
         return {
@@ -238,10 +244,11 @@ class AudioLM:
             If the prompt has not as many audio placeholders as the audio needs.
         """
         self.check_placeholders(inputs)
+        heard = inputs.get("encoder_outputs")
         inputs = self.to_device(inputs)
         if self.family is not None and self.family.is_encoder_decoder:
-            return EncoderDecoderSequence(self.model, inputs)
-        return CachedSequence(self.model, inputs, self.family)
+            return EncoderDecoderSequence(self.model, inputs, heard)
+        return CachedSequence(self.model, without_padding(inputs), self.family)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -267,6 +274,16 @@ class AudioLM:
                 f"AudioLM: the prompt has {placeholders} audio placeholders, expected {features} for {family.audio} "
                 f"{list(inputs[family.audio].shape)} (does the processor belong to {type(self.model).__name__}?)"
             )
+
+
+def without_padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of one row without the columns that its ``attention_mask`` masks at the left."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape[0] > 1 or bool(mask.all()):
+        return inputs
+    first = int(mask[0].to(torch.uint8).argmax())
+    ids = inputs["input_ids"].shape
+    return {name: value[:, first:] if value.shape == ids else value for name, value in inputs.items()}
 
 
 def _default_device() -> torch.device:

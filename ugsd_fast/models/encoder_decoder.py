@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ugsd_fast.cache import enable_rollback, new_cache
+from ugsd_fast.cache import new_cache
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.sequence import CachedSequence, last_logits
 
@@ -24,6 +25,8 @@ class EncoderDecoderSequence(CachedSequence):
     inputs : mapping of str to Tensor
         The encoder's inputs, ``attention_mask`` over the audio among them, and optionally the decoder's prompt
         ``decoder_input_ids`` [B, P] (by default the start token alone).
+    heard : transformers.utils.ModelOutput, optional
+        What the encoder has made of the audio, where it has run already.
 
     Attributes
     ----------
@@ -33,18 +36,17 @@ class EncoderDecoderSequence(CachedSequence):
         Decoder passes so far.
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
-        self._model = model
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor], heard: Any = None):
+        self.model = model
         self._audio = dict(inputs)
         self._audio_mask = self._audio.get("attention_mask")
-        start = self._audio.pop("decoder_input_ids", None)
-        if start is None:
-            rows = next(iter(self._audio.values())).shape[0]
-            start = torch.full((rows, 1), _start_token(model), dtype=torch.long, device=model.device)
-        self._start = start
-        self._heard: Any = None
-        self._cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
+        self._start = decoder_prompt(model, self._audio)
+        self._audio.pop("decoder_input_ids", None)
+        self._heard = heard
+        self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
+        self._prompt = {}
+        self._toggles_adapter = self._hears = False
         self.length = 0
         self.forwards = 0
 
@@ -54,33 +56,54 @@ class EncoderDecoderSequence(CachedSequence):
         first = self.length == 0
         keep = tokens.shape[1] + first if keep is None else keep
         ids = torch.cat([self._start, tokens], dim=1) if first else tokens
-        limit = getattr(self._model.config, "max_target_positions", None)
-        if limit is not None and self.length + ids.shape[1] > limit:
-            raise ModelError(
-                f"{type(self._model).__name__}: the decoder would hold {self.length + ids.shape[1]} tokens, "
-                f"expected at most {limit}"
-            )
+        self.check_room(ids.shape[1])
         if self._heard is None:
-            self._heard = self._model.get_encoder()(**self._audio)
+            self._heard = self.model.get_encoder()(**self._audio)
             self._audio.clear()
         positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
-        with last_logits(self._model, keep if first else 0) as extra:
-            logits = self._model(
-                encoder_outputs=self._heard,
-                attention_mask=self._audio_mask,
-                decoder_input_ids=ids,
-                decoder_position_ids=positions.expand(ids.shape[0], -1),
-                past_key_values=self._cache,
+        with last_logits(self.model, keep if first else 0) as extra:
+            logits = self.model(
+                **self.step_kwargs(ids, positions.expand(ids.shape[0], -1), None),
+                past_key_values=self.cache,
                 use_cache=True,
                 **extra,
             ).logits
-        if first:
-            enable_rollback(self._cache)
-        self.length += ids.shape[1]
-        self.forwards += 1
+        self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
+    @cached_property
+    def _packs(self) -> bool:
+        # Padded audio is masked for its own request only.
+        return (self._audio_mask is None or bool(self._audio_mask.all())) and super()._packs
 
-def _start_token(model: Any) -> int:
+    def _begins_packed(self, tokens: Tensor) -> bool:
+        return False  # the encoder runs apart from the tokens
+
+    def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """Arguments of the model's forward that append tokens to what the decoder has written."""
+        return {
+            "encoder_outputs": self._heard,
+            "attention_mask": self._audio_mask,
+            "decoder_input_ids": tokens,
+            "decoder_attention_mask": mask,
+            "decoder_position_ids": positions,
+        }
+
+    def check_room(self, count: int) -> None:
+        """Raise unless `count` more tokens can follow; see `CachedSequence.check_room`."""
+        limit = getattr(self.model.config, "max_target_positions", None)
+        if limit is not None and self.length + count > limit:
+            raise ModelError(
+                f"{type(self.model).__name__}: the decoder would hold {self.length + count} tokens, "
+                f"expected at most {limit}"
+            )
+
+
+def decoder_prompt(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """``decoder_input_ids`` [B, P], by default the model's start token alone."""
+    if "decoder_input_ids" in inputs:
+        return inputs["decoder_input_ids"]
     named = model.generation_config.decoder_start_token_id
-    return int(model.config.decoder_start_token_id if named is None else named)
+    start = int(model.config.decoder_start_token_id if named is None else named)
+    rows = next(iter(inputs.values())).shape[0]
+    return torch.full((rows, 1), start, dtype=torch.long, device=model.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import DraftBlock
@@ -32,8 +33,12 @@ class Verdict:
 class VerifierSession(Protocol):
     """One request at a verifier, which keeps its own prompt, audio and cache."""
 
-    forwards: int
     traffic: Traffic
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes so far."""
+        ...
 
     def verify(self, committed: Sequence[int], block: DraftBlock, *, bonus: bool) -> Verdict:
         """Judge a block in one forward pass, over everything not seen before and the block.
@@ -61,7 +66,10 @@ class VerifierSession(Protocol):
 
 
 class Verifier(Protocol):
-    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network."""
+    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network.
+
+    One that can judge blocks of several sessions at once has a ``verify_batch``, too: see `LocalVerifier.verify_batch`.
+    """
 
     eos_token_ids: frozenset[int]
     max_audio_seconds: float | None
@@ -74,8 +82,15 @@ class Verifier(Protocol):
         audio: Any = None,
         prompt: str | None = None,
         inputs: Mapping[str, Tensor] | None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
     ) -> VerifierSession:
-        """Start a session on audio and prompt, or on prepared inputs. Nothing is computed before the first block."""
+        """Start a session on audio and prompt, or on prepared inputs. Nothing is computed before the first block.
+
+        Raises
+        ------
+        ValueError
+            If there are logits processors and the verifier cannot apply them.
+        """
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
