@@ -55,3 +55,45 @@ def test_draws_are_those_of_the_reference(vocabulary: int, filters: dict[str, fl
     assert (~same).sum() <= max(1, draws // 1000)  # C++ differs from float64 there, or Triton does
     assert torch.equal(got.stats.argmax, expected.stats.argmax)
     torch.testing.assert_close(got.logprob[same], expected.logprob[same], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "size", "programs"),
+    [
+        (1, 32000, 4, 125),
+        (1, 32000, 2, 63),
+        (1, 152064, 2, 149),
+        (4, 32000, 2, 128),
+        (4, 32000, 4, 128),
+        (8, 152064, 2, 304),
+    ],
+)
+def test_few_rows_fill_the_multiprocessors(rows: int, vocabulary: int, size: int, programs: int) -> None:
+    """As far as records leave it: those of a row in tiles of less than 1 KiB would weigh more than 5%."""
+    from ugsd_fast.kernels.rows import plan
+
+    assert plan(rows, vocabulary, 132, size, 32).grid == (programs,)
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_each_thread_has_a_whole_vector_to_load(lanes: int, size: int, narrow: bool) -> None:
+    from ugsd_fast.kernels.rows import plan
+
+    for rows in (1, 2, 4, 8, 64, 1000):
+        launch = plan(rows, 152064, 132, size, lanes, narrow)
+        assert launch.tile * size >= 16 * lanes * launch.warps
+        assert launch.tile * launch.tiles >= 152064
+
+
+@pytest.mark.skipif(INTERPRETED, reason="asks the compile target")
+def test_options_are_those_of_the_compile_target() -> None:
+    """Torch may be a CPU build while kernels are compiled for any GPU."""
+    from bench.compile_report import recording
+    from ugsd_fast.kernels import rows
+
+    with recording("gfx942", []):
+        assert (rows.target().warp_size, rows.registers(96)) == (64, {})
+    with recording("sm_90", []):
+        assert (rows.target().warp_size, rows.registers(96)) == (32, {"maxnreg": 96})
