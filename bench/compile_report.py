@@ -367,7 +367,15 @@ def constant_logits() -> Iterator[None]:
     def zeros(case: spec.Case, *shape: int, generator: object = None) -> Tensor:
         return torch.zeros(*shape, case.vocabulary, dtype=case.dtype)
 
-    with patch.object(spec, "make_logits", zeros), patch.object(inputs, "make_logits", zeros):
+    def block(kind: str, length: int, vocabulary: int, dtype: torch.dtype, *_: object) -> inputs.Block:
+        draft, target = (torch.zeros(1, rows, vocabulary, dtype=dtype) for rows in (length, length + 1))
+        return inputs.Block(torch.zeros(1, length, dtype=torch.int64), draft, target, torch.zeros(1, length))
+
+    with (
+        patch.object(spec, "make_logits", zeros),
+        patch.object(inputs, "make_logits", zeros),
+        patch.object(inputs, "drafted_block", block),
+    ):
         yield
 
 

@@ -261,16 +261,15 @@ constexpr Result result(int32_t dims) {
 template <size_t N>
 class Results {
  public:
-  // `given` is None or a tuple of N checked tensors; the shape of a result is the first `dims` sizes of `shape`.
+  // `given` is a tuple of N checked tensors, or None on a CPU; the shape of a result is the first `dims` sizes of
+  // `shape`.
   Results(PyObject* given, const int64_t* shape, const std::array<Result, N>& results) {
-    if (given == Py_None) {
+    if (given == Py_None && device_type == dlpack::kCpu) {
       allocate(shape, results);
     } else {
       take(given);
     }
   }
-  // None are made here.
-  explicit Results(PyObject* given) { take(given); }
   Results(const Results&) = delete;
   Results& operator=(const Results&) = delete;
   ~Results() { Py_XDECREF(tuple_); }

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,31 @@ def test_faults_are_named() -> None:
     assert compile_report.faults({**fine, "wide_share": 0.5, "target": "sm_75"}) == []
     scalar = {**fine, "language": "CUDA", "wide_share": None, "loads": {"32": 4}}
     assert compile_report.faults(scalar) == ["no load of 128 bits"]
+
+
+@dataclass(frozen=True)
+class FakeJob:
+    key: str
+    notes: Path
+
+    def rows(self) -> list[dict[str, Any]]:
+        with self.notes.open("a") as notes:
+            notes.write(f"{self.key}\n")
+        return [{"registers": len(self.key)}]
+
+    def described(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row | {"kernel": self.key} for row in rows]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_nothing_is_compiled_twice(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in one run nor in the next, unless its key is another."""
+    monkeypatch.setattr(compile_report, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(compile_report, "describe", str)
+    notes = tmp_path / "notes"
+    a, bc, d = (FakeJob(key, notes) for key in ("a", "bc", "d"))
+    expected = [[{"registers": 1, "kernel": "a"}], [{"registers": 2, "kernel": "bc"}]]
+    assert compile_report.compile_all([a, bc, a], processes) == [*expected, expected[0]]
+    assert compile_report.compile_all([a, bc], processes) == expected
+    compile_report.compile_all([d, a], processes)
+    assert sorted(notes.read_text().split()) == ["a", "bc", "d"]

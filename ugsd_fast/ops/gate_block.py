@@ -107,7 +107,9 @@ def _cpp(
     *,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return extension.gate_block(entropy, lengths, threshold, thresholds, REDUCTIONS.index(reduce), out)
+    return extension.gate_block(
+        entropy, lengths, threshold, thresholds, REDUCTIONS.index(reduce), torch.get_num_threads(), out
+    )
 
 
 _op = register(

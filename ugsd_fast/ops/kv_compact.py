@@ -146,7 +146,7 @@ def _cpp(kv: Sequence[Tensor], keep: Tensor, align: str) -> Tensor:
 
 
 def _compact(*arguments: Any, kept: Tensor) -> None:
-    extension.kv_compact(*arguments, torch.get_num_threads(), kept.data_ptr())
+    extension.kv_compact(*arguments, torch.get_num_threads(), kept)
 
 
 def launch(kv: Sequence[Tensor], layouts: Layouts, keep: Tensor, align: str, compact: Callable[..., None]) -> Tensor:
