@@ -375,6 +375,25 @@ def test_streamers_are_fed_final_tokens(audio_lm: LoadModel, speech: Speech, cap
         decoder.generate([speech, speech], streamer=recorder)
 
 
+def test_events_carry_final_text_entropies_and_sources(audio_lm: LoadModel, speech: Speech) -> None:
+    verifier, draft = audio_lm("qwen2_audio"), audio_lm("qwen2_audio", noise=0.05)
+    edge = Decoder(draft, None, UGSDConfig(block_size=3, eos_token_id=-1)).generate(speech, max_new_tokens=64)
+    threshold = float(np.median([block.uncertainty for block in edge.trace.blocks]))
+    config = UGSDConfig(block_size=3, entropy_threshold=threshold, rank=2, bonus=True, eos_token_id=-1)
+    decoder = Decoder(draft, LocalVerifier(verifier), config)
+    events = list(decoder.stream(speech, max_new_tokens=64))
+    own = decoder.generate(speech, max_new_tokens=64)
+    result = events[-1].result
+    assert result is not None
+    assert all(event.result is None for event in events[:-1])
+    assert "".join(event.text for event in events) == result.text == own.text
+    tokens = [token for event in events for token in event.tokens]
+    assert [token.token for token in tokens] == result.tokens == own.tokens
+    assert {token.source for token in tokens} == {"edge", "accepted", "corrected", "bonus"}
+    for token in tokens:
+        assert (token.entropy is None) == (token.source in ("corrected", "bonus"))
+
+
 def test_text_can_be_iterated_over_in_another_thread(audio_lm: LoadModel, speech: Speech) -> None:
     verifier, draft = audio_lm("qwen2_audio"), audio_lm("qwen2_audio", noise=0.05)
     decoder = Decoder(draft, LocalVerifier(verifier))

@@ -14,7 +14,7 @@ import torch
 
 from bench import harness, inputs, run, summary
 from bench.baselines import FILTERS, warp, warpers
-from bench.decoding import cache
+from bench.decoding import assisted, cache
 from bench.harness import FLOOR, QUICK, SUBJECT, Calls, Case, Settings, Target
 from bench.kernels import gate_block, kv_compact
 from bench.kernels.accept_block import VERDICTS, needed_rows
@@ -287,3 +287,22 @@ def test_readme_section_of_the_embedded_pair() -> None:
 
 def test_text_without_markers_stays() -> None:
     assert summary.replace_section("text\n", "kernels", "table") == "text\n"
+
+
+def test_assisted_generation_hears_once_it_is_patched_and_all_decode_the_same() -> None:
+    (pair,) = assisted.tiny_pairs((0.02,), 16)
+    row = assisted.measure(pair, SETTINGS)
+    assert row["targets"] == {}  # nothing is judged at these sizes
+    assert row["tokens"] == 16
+    assert set(row["faster"]) == {"stock", "hearing", "verifier's generate"}
+    text = "\n".join(summary.assisted_lines({"rows": [row]}))
+    assert "| tiny random pair, noise 0.02 |" in text
+    model, heard = pair.draft.model, []
+    hook = model.model.audio_tower.register_forward_pre_hook(lambda *_: heard.append(True))
+    settings = {"do_sample": False, "max_new_tokens": 4, "assistant_model": model}
+    pair.verifier.model.generate(**pair.inputs[0], **settings)
+    assert not heard
+    with assisted.hearing(model):
+        pair.verifier.model.generate(**pair.inputs[0], **settings)
+    hook.remove()
+    assert heard == [True]

@@ -151,7 +151,7 @@ class Decoder:
         steering = Steering(logits_processor, stopping_criteria, streamer).check(1 if count is None else count)
         columns = [_column(name, value, count) for name, value in given.items()]
         arrivals = (
-            self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row, steering)
+            self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row, steering, streams=False)
             for row, (clip, text, draft_inputs, judge_inputs) in enumerate(zip(*columns, strict=True))
         )
         if streamer is not None:
@@ -252,6 +252,7 @@ class Decoder:
         max_new_tokens: int,
         row: int = 0,
         steering: Steering = NO_STEERING,
+        streams: bool = True,
     ) -> Request:
         if (audio is None) == (inputs is None and verifier_inputs is None):
             raise ValueError("Decoder: got both or neither of audio and prepared inputs, expected one of them")
@@ -287,6 +288,7 @@ class Decoder:
             decode=self._decode_text,
             started=started,
             stopping=stopping,
+            streams=streams,
         )
 
     def _steered(

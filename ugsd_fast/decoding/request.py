@@ -43,6 +43,8 @@ class Request:
         ``time.perf_counter()`` when the caller asked.
     stopping : Stopping, optional
         What else may end the caption.
+    streams : bool
+        Whether every event carries its text; otherwise only the last does, and text is decoded once.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Request:
         decode: Callable[[Sequence[int]], str],
         started: float,
         stopping: Stopping | None = None,
+        streams: bool = True,
     ):
         self.drafter = drafter
         self.session = session
@@ -69,6 +72,7 @@ class Request:
         self._max_new_tokens = max_new_tokens
         self._started = started
         self._stopping = stopping
+        self._streams = streams
         self._first_token = 0.0
         self._length: BlockLength = block_length(config)
         self._trace = Trace()
@@ -127,7 +131,11 @@ class Request:
         latency = time.perf_counter() - self._started
         self._first_token = self._first_token or latency
         last = stopped or not self.room or emitted[-1] in self._eos
-        delta = self._text.extend(emitted, final=last)
+        delta = ""
+        if self._streams or last:
+            delta = self._text.extend(emitted, final=last)
+        else:
+            self._text.append(emitted)
         if last:
             self._finish(latency)
         elif self.drafter is not None:

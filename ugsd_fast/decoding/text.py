@@ -25,6 +25,10 @@ class IncrementalText:
         self._tokens: list[int] = []
         self.text = ""
 
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append tokens whose text is not asked for yet."""
+        self._tokens.extend(tokens)
+
     def extend(self, tokens: Sequence[int], *, final: bool = False) -> str:
         """Append tokens and return the text that became final; `final` hands out what was held back, too."""
         self._tokens.extend(tokens)
