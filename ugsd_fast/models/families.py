@@ -44,8 +44,11 @@ class Family:
         Whether `AudioLM.prepare` drives the processor; for the others, prepared inputs are decoded.
     trims_features : bool
         Whether mel frames that are only padding can be cut off before the audio tower.
-    cuts_audio : bool
-        Whether the processor silently cuts a clip that is longer than its window.
+    window : callable, optional
+        Feature extractor -> samples behind which the processor silently cuts a clip; None where it never does.
+    decoder_prompt : callable, optional
+        (model, tokenizer, prompt or None) -> token ids that an encoder-decoder's text begins with; None where it takes
+        no prompt.
     has_vision : bool
         Whether the processor has image and video parts as well.
     """
@@ -61,7 +64,8 @@ class Family:
     rope_switch: Callable[[Any], int | None] = lambda config: None
     prepares: bool = False
     trims_features: bool = False
-    cuts_audio: bool = False
+    window: Callable[[Any], int] | None = None
+    decoder_prompt: Callable[[Any, Any, str | None], list[int]] | None = None
     has_vision: bool = False
 
     @property
@@ -130,6 +134,14 @@ def _hops(config: Any, inputs: Inputs) -> int:
     return sum(-(-count // hop) for count in samples)
 
 
+def _whisper_prompt(model: Any, tokenizer: Any, prompt: str | None) -> list[int]:
+    """The text before, and the tokenizer's own beginning; a language that nobody named is left to the model."""
+    start = list(tokenizer.prefix_tokens)
+    if getattr(model.generation_config, "is_multilingual", False) and tokenizer.language is None:
+        start = start[:1]
+    return [*(tokenizer.get_prompt_ids(prompt).tolist() if prompt else ()), *start]
+
+
 def _longrope_switch(config: Any) -> int | None:
     is_longrope = (config.rope_parameters or {}).get("rope_type") == "longrope"
     return config.original_max_position_embeddings if is_longrope else None
@@ -142,7 +154,7 @@ FAMILIES = (
         processor_class="Qwen2AudioProcessor",
         audio_tokens=_pooled,
         prepares=True,
-        cuts_audio=True,
+        window=lambda extractor: extractor.n_samples,
     ),
     Family(
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
@@ -151,7 +163,7 @@ FAMILIES = (
         audio_tokens=_pooled,
         prepares=True,
         trims_features=True,
-        cuts_audio=True,
+        window=lambda extractor: extractor.n_samples,
         has_vision=True,
     ),
     Family(
@@ -181,6 +193,7 @@ FAMILIES = (
         processor_class="GraniteSpeechProcessor",
         audio_tokens=_queries,
         toggles_adapter=True,
+        prepares=True,
     ),
     Family(
         model_types=("audioflamingo3",),
@@ -211,18 +224,26 @@ FAMILIES = (
         audio_tokens=lambda _, inputs: int(inputs["audio_embed_sizes"].sum()),
         audio_token_id=lambda config: config.audio_config.audio_token_id,
         rope_switch=_longrope_switch,
+        prepares=True,
+        has_vision=True,
     ),
     Family(
         model_types=("gemma3n",),
         model_class="Gemma3nForConditionalGeneration",
         processor_class="Gemma3nProcessor",
         audio_tokens=lambda config, inputs: inputs["input_features"].shape[0] * config.audio_soft_tokens_per_image,
+        prepares=True,
+        window=lambda _: 480_000,
+        has_vision=True,
     ),
     Family(
         model_types=("gemma4",),
         model_class="Gemma4ForConditionalGeneration",
         processor_class="Gemma4Processor",
         audio_tokens=_quartered,
+        prepares=True,
+        window=lambda _: 480_000,
+        has_vision=True,
     ),
     Family(
         model_types=("vibevoice_asr",),
@@ -231,17 +252,22 @@ FAMILIES = (
         audio="input_values",
         audio_tokens=_hops,
         forward_kwargs={"sample": False},  # noise on the audio would make two passes over one clip disagree
+        prepares=True,
     ),
     Family(
         model_types=("whisper",),
         model_class="WhisperForConditionalGeneration",
         processor_class="WhisperProcessor",
+        prepares=True,
+        window=lambda extractor: extractor.n_samples,
+        decoder_prompt=_whisper_prompt,
     ),
     Family(
         model_types=("moonshine",),
         model_class="MoonshineForConditionalGeneration",
         processor_class="Wav2Vec2Processor",
         audio="input_values",
+        prepares=True,
     ),
 )
 
