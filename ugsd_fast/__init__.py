@@ -37,7 +37,7 @@ _HOME = {
     "VocabularyMismatchError": "errors",
     "use_backend": "ops",
 }
-_SUBMODULES = ("audio", "cache", "decoding", "demo", "kernels", "models", "ops", "reference", "verifier")
+_SUBMODULES = ("audio", "cache", "decoding", "demo", "hf", "kernels", "models", "ops", "reference", "verifier")
 
 __all__ = [
     "AudioError",
