@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,8 +15,10 @@ import torch
 import transformers
 from transformers.audio_utils import mel_filter_bank
 
-from tests.models.tiny import AUDIO_ID, FAMILIES, Tiny, build, processor
+from tests.decoding import tokenizers
+from tests.models.tiny import AUDIO_ID, EXTRACTORS, FAMILIES, Tiny, build, processor
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
+from ugsd_fast.decoding.translation import END, translation_between
 from ugsd_fast.errors import AudioError, ModelError
 from ugsd_fast.models.attention import best_attention
 from ugsd_fast.models.families import FAMILIES as ENTRIES
@@ -226,7 +230,6 @@ def test_recurrent_text_models_are_refused(verifiers: dict[str, Tiny]) -> None:
 
 
 CLIP = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 16_000)
-TAKE_CLIPS = [name for name in FAMILIES if name != "voxtral"]
 
 
 @pytest.fixture
@@ -252,7 +255,7 @@ def _torchaudio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_torchaudio")
-@pytest.mark.parametrize("family", TAKE_CLIPS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_clips_go_through_processor_and_chat_template(family: str, verifiers: dict[str, Tiny]) -> None:
     model = AudioLM(verifiers[family].model, processor(family))
     prompt = None if family in ("whisper", "moonshine") else "w7 w8"
@@ -272,7 +275,7 @@ def test_clips_go_through_processor_and_chat_template(family: str, verifiers: di
     assert other.tokens != same.tokens, "what is heard decides"
 
 
-@pytest.mark.parametrize("family", [name for name in TAKE_CLIPS if name != "granite_speech"])  # saves no mel size
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("granite_speech", "voxtral")])
 def test_processors_come_back_from_a_checkpoint(family: str, tmp_path: Any, verifiers: dict[str, Tiny]) -> None:
     made = processor(family)
     made.save_pretrained(tmp_path)
@@ -324,10 +327,58 @@ def test_clips_that_a_front_end_would_cut_are_refused(family: str, verifiers: di
         model.prepare((np.tile(CLIP[0], 42), 16_000))
 
 
-def test_audio_is_prepared_only_where_the_processor_is_driven(verifiers: dict[str, Tiny]) -> None:
-    model = AudioLM(verifiers["voxtral"].model, SimpleNamespace(feature_extractor=None, tokenizer=None))
-    with pytest.raises(ModelError, match="not prepared from audio yet"):
-        model.prepare("clip.wav")
+def test_mistrals_own_tokenizer(tmp_path: Any) -> None:
+    """The messages are those that mistral-common takes, and its tokenizer can be translated to and from."""
+    pytest.importorskip("mistral_common")
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    special = [f"<SPECIAL_{rank}>" for rank in range(32)]
+    for rank, token in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]"]):
+        special[rank] = token
+    special[6:11] = ["[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"]
+    special[11:17] = ["<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
+    special[17:20] = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
+    special[24:27] = ["[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]"]
+    tekken = {
+        "config": {
+            "pattern": r"[^\s]+|\s+",
+            "num_vocab_tokens": 256,
+            "default_vocab_size": 288,
+            "default_num_special_tokens": 32,
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+            for byte in range(256)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)
+        ],
+        "audio": {
+            "sampling_rate": 16_000,
+            "frame_rate": 6,
+            "audio_encoding_config": {"num_mel_bins": 8, "hop_length": 333, "window_size": 400},
+            "chunk_length_s": 1.0,
+        },
+    }
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    tokenizer = MistralCommonBackend.from_pretrained(tmp_path)
+    made = transformers.VoxtralProcessor(EXTRACTORS["voxtral"](), tokenizer)
+    made.audio_kwargs = {**made.audio_kwargs, "pad_to_multiple_of": 16_000, "max_source_positions": 48}
+    config = build("voxtral").model.config
+    config.audio_token_id, config.text_config.vocab_size = 24, 288
+    model = AudioLM(transformers.VoxtralForConditionalGeneration(config), made)
+    inputs = model.prepare(CLIP, "hä")
+    assert inputs["input_ids"][0].tolist() == [1, 3, 25, *[24] * 6, *(32 + byte for byte in "hä".encode()), 4]
+    other = tokenizers.build("byte_bpe")
+    translation = translation_between(
+        SimpleNamespace(tokenizer=other, eos_token_ids=frozenset({1})),  # type: ignore[arg-type]
+        LocalVerifier(model),
+        UGSDConfig(),
+        frozenset({2}),
+    )
+    assert translation is not None
+    assert translation.verifier.decode([*translation.verifier.encode("hä</s>"), 2]) == f"hä</s>{END}"
 
 
 def test_flash_attention_where_installed_and_possible(monkeypatch: pytest.MonkeyPatch) -> None:

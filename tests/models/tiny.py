@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import soundfile
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -427,7 +430,7 @@ def _whisper_extractor(hop_length: int = 333, name: str = "WhisperFeatureExtract
 # family: what makes features for the tiny model
 EXTRACTORS: Mapping[str, Callable[[], Any]] = {
     "qwen3_asr": lambda: _whisper_extractor(160, "Qwen3ASRFeatureExtractor"),  # 100 frames a second; the others 48
-    **dict.fromkeys(("audioflamingo3", "musicflamingo", "glmasr", "whisper"), _whisper_extractor),
+    **dict.fromkeys(("voxtral", "audioflamingo3", "musicflamingo", "glmasr", "whisper"), _whisper_extractor),
     "granite_speech": lambda: transformers.GraniteSpeechFeatureExtractor(n_mels=4),
     "phi4_multimodal": lambda: transformers.Phi4MultimodalFeatureExtractor(feature_size=16),
     "gemma3n": lambda: transformers.Gemma3nAudioFeatureExtractor(feature_size=16, hop_length_ms=20.0),
@@ -455,6 +458,8 @@ def processor(family: str) -> Any:
         settings |= {
             f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("audio", "audio_bos", "audio_eos")
         }
+    if family == "voxtral":
+        tokenizer, settings = _MistralStandIn(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>"), {}
     made = processor_class(entry)(EXTRACTORS[family](), tokenizer, **settings)
     if family == "vibevoice_asr":
         made.audio_kwargs = {
@@ -462,7 +467,20 @@ def processor(family: str) -> Any:
             "sampling_rate": 1000,
             "pad_to_multiple_of": 8,
         }  # the tiny model's hop
+    if family == "voxtral":
+        made.audio_kwargs = {**made.audio_kwargs, "pad_to_multiple_of": 16_000, "max_source_positions": 48}
     return made
+
+
+class _MistralStandIn(transformers.PreTrainedTokenizerFast):
+    """Where mistral-common is not installed: a chat template that reads WAV files in its messages."""
+
+    def apply_chat_template(self, conversations: Any, **_: Any) -> dict[str, Any]:
+        (((audio, text),),) = ([message["content"] for message in conversation] for conversation in conversations)
+        samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["base64"])), dtype="float32")
+        assert rate == 16_000
+        ids = [AUDIO_ID] * 6 * -(-len(samples) // rate) + self.encode(text["text"]) + [5]
+        return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "audio": [samples]}
 
 
 def _whisper_tokenizer() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -203,21 +204,23 @@ class AudioLM:
                 f"AudioLM: {type(self.model).__name__} has no processor, expected one to caption audio "
                 "(pass prepared model inputs instead: generate(inputs=...))"
             )
-        if not self.family.prepares:
-            raise ModelError(
-                f"AudioLM: inputs of {type(self.model).__name__} are not prepared from audio yet, expected prepared "
-                "model inputs: generate(inputs=...)"
-            )
         extractor = self._extractor
         clip = load_audio(audio, max_seconds=self.max_audio_seconds).resampled(extractor.sampling_rate)
         heard = {"audio": [clip.samples], "sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
         if self.family.is_encoder_decoder:
             return self.to_device({**self.processor(**heard), **self._decoder_prompt(prompt)})
-        content = [{"type": "audio", "audio": clip.name}, {"type": "text", "text": prompt or DEFAULT_PROMPT}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        inputs = {name: value for name, value in self.processor(text=text, **heard).items() if name not in _OF_IMAGES}
+        wav = base64.b64encode(clip.wav()).decode() if self.family.template_hears else None
+        content = [
+            {"type": "audio", "audio": clip.name} if wav is None else {"type": "audio", "base64": wav},
+            {"type": "text", "text": prompt or DEFAULT_PROMPT},
+        ]
+        messages = [{"role": "user", "content": content}]
+        if self.family.template_hears:
+            given = self.processor.apply_chat_template(messages)
+        else:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            given = self.processor(text=text, **heard)
+        inputs = {name: value for name, value in given.items() if name not in _OF_IMAGES}
         self.check_placeholders(inputs)
         if self.family.trims_features:
             frames = int(inputs["feature_attention_mask"].sum(-1).max())

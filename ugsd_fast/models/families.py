@@ -40,8 +40,8 @@ class Family:
         Whether a LoRA adapter of the checkpoint belongs to requests with audio only.
     rope_switch : callable
         Model config -> number of positions behind which the rotary frequencies of *all* positions change, or None.
-    prepares : bool
-        Whether `AudioLM.prepare` drives the processor; for the others, prepared inputs are decoded.
+    template_hears : bool
+        Whether the chat template reads the audio itself, in a message, and gives the model's inputs.
     trims_features : bool
         Whether mel frames that are only padding can be cut off before the audio tower.
     window : callable, optional
@@ -62,7 +62,7 @@ class Family:
     forward_kwargs: Mapping[str, Any] = field(default_factory=dict)
     toggles_adapter: bool = False
     rope_switch: Callable[[Any], int | None] = lambda config: None
-    prepares: bool = False
+    template_hears: bool = False
     trims_features: bool = False
     window: Callable[[Any], int] | None = None
     decoder_prompt: Callable[[Any, Any, str | None], list[int]] | None = None
@@ -153,7 +153,6 @@ FAMILIES = (
         model_class="Qwen2AudioForConditionalGeneration",
         processor_class="Qwen2AudioProcessor",
         audio_tokens=_pooled,
-        prepares=True,
         window=lambda extractor: extractor.n_samples,
     ),
     Family(
@@ -161,7 +160,6 @@ FAMILIES = (
         model_class="Qwen2_5OmniThinkerForConditionalGeneration",
         processor_class="Qwen2_5OmniProcessor",
         audio_tokens=_pooled,
-        prepares=True,
         trims_features=True,
         window=lambda extractor: extractor.n_samples,
         has_vision=True,
@@ -171,7 +169,6 @@ FAMILIES = (
         model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
         processor_class="Qwen3OmniMoeProcessor",
         audio_tokens=_windowed,
-        prepares=True,
         has_vision=True,
     ),
     Family(
@@ -179,13 +176,13 @@ FAMILIES = (
         model_class="Qwen3ASRForConditionalGeneration",
         processor_class="Qwen3ASRProcessor",
         audio_tokens=_windowed,
-        prepares=True,
     ),
     Family(
         model_types=("voxtral",),
         model_class="VoxtralForConditionalGeneration",
         processor_class="VoxtralProcessor",
         audio_tokens=_whole_windows,
+        template_hears=True,
     ),
     Family(
         model_types=("granite_speech",),
@@ -193,28 +190,24 @@ FAMILIES = (
         processor_class="GraniteSpeechProcessor",
         audio_tokens=_queries,
         toggles_adapter=True,
-        prepares=True,
     ),
     Family(
         model_types=("audioflamingo3",),
         model_class="AudioFlamingo3ForConditionalGeneration",
         processor_class="AudioFlamingo3Processor",
         audio_tokens=_pooled,
-        prepares=True,
     ),
     Family(
         model_types=("musicflamingo",),
         model_class="MusicFlamingoForConditionalGeneration",
         processor_class="MusicFlamingoProcessor",
         audio_tokens=_pooled,
-        prepares=True,
     ),
     Family(
         model_types=("glmasr",),
         model_class="GlmAsrForConditionalGeneration",
         processor_class="GlmAsrProcessor",
         audio_tokens=_merged_by_four,
-        prepares=True,
     ),
     Family(
         model_types=("phi4_multimodal",),
@@ -224,7 +217,6 @@ FAMILIES = (
         audio_tokens=lambda _, inputs: int(inputs["audio_embed_sizes"].sum()),
         audio_token_id=lambda config: config.audio_config.audio_token_id,
         rope_switch=_longrope_switch,
-        prepares=True,
         has_vision=True,
     ),
     Family(
@@ -232,7 +224,6 @@ FAMILIES = (
         model_class="Gemma3nForConditionalGeneration",
         processor_class="Gemma3nProcessor",
         audio_tokens=lambda config, inputs: inputs["input_features"].shape[0] * config.audio_soft_tokens_per_image,
-        prepares=True,
         window=lambda _: 480_000,
         has_vision=True,
     ),
@@ -241,7 +232,6 @@ FAMILIES = (
         model_class="Gemma4ForConditionalGeneration",
         processor_class="Gemma4Processor",
         audio_tokens=_quartered,
-        prepares=True,
         window=lambda _: 480_000,
         has_vision=True,
     ),
@@ -252,13 +242,11 @@ FAMILIES = (
         audio="input_values",
         audio_tokens=_hops,
         forward_kwargs={"sample": False},  # noise on the audio would make two passes over one clip disagree
-        prepares=True,
     ),
     Family(
         model_types=("whisper",),
         model_class="WhisperForConditionalGeneration",
         processor_class="WhisperProcessor",
-        prepares=True,
         window=lambda extractor: extractor.n_samples,
         decoder_prompt=_whisper_prompt,
     ),
@@ -267,7 +255,6 @@ FAMILIES = (
         model_class="MoonshineForConditionalGeneration",
         processor_class="Wav2Vec2Processor",
         audio="input_values",
-        prepares=True,
     ),
 )
 

@@ -18,11 +18,8 @@ _VISION = ("image_processor", "video_processor")
 def load_processor(family: Family, name: str, **hub: Any) -> Any:
     """Load the processor of a checkpoint; one of several modalities without its image and video parts.
 
-    The full processors of those families need torchvision, for inputs that a caption of speech never has. Of a
-    family whose inputs are prepared elsewhere only the tokenizer is loaded, to decode with.
+    The full processors of those families need torchvision, for inputs that a caption of speech never has.
     """
-    if not family.prepares:
-        return transformers.AutoTokenizer.from_pretrained(name, **hub)
     return processor_class(family).from_pretrained(name, **hub)
 
 
