@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import transformers
 from transformers.audio_utils import mel_filter_bank
 
 from tests.decoding import tokenizers
-from tests.models.tiny import AUDIO_ID, EXTRACTORS, FAMILIES, Tiny, build, processor
+from tests.models.tiny import AUDIO_ID, EXTRACTORS, FAMILIES, Tiny, build, processor, without_vision_tower
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
 from ugsd_fast.decoding.translation import END, translation_between
 from ugsd_fast.errors import AudioError, ModelError
@@ -293,6 +294,19 @@ def test_processors_come_back_from_a_checkpoint(family: str, tmp_path: Any, veri
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_from_a_checkpoint(family: str, tmp_path: Any, verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers[family]
+    tiny.model.save_pretrained(tmp_path)
+    with (
+        patch("ugsd_fast.models.audio_lm.load_processor", lambda *_, **__: None),  # see above
+        patch.object(transformers.AutoModel, "from_config", without_vision_tower),
+    ):
+        model = AudioLM.from_pretrained(tmp_path, device="cpu")
+    decoder = Decoder(None, LocalVerifier(model), LOSSLESS)
+    assert decoder.generate(verifier_inputs=tiny.inputs(), max_new_tokens=TOKENS).tokens == greedy(tiny)
 
 
 def test_whispers_prompts(verifiers: dict[str, Tiny]) -> None:

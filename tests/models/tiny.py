@@ -395,7 +395,7 @@ FAMILIES: Mapping[str, tuple[Callable[[], Any], str, str]] = {
 _from_config = transformers.AutoModel.from_config
 
 
-def _without_vision(config: Any, **kwargs: Any) -> nn.Module:
+def without_vision_tower(config: Any, **kwargs: Any) -> nn.Module:
     """`AutoModel.from_config`, but for Gemma 3n's vision tower: it needs timm, for inputs that speech never has."""
     return nn.Identity() if config.model_type == "gemma3n_vision" else _from_config(config, **kwargs)
 
@@ -406,7 +406,7 @@ def build(family: str, *, seed: int = 1, noise: float = 0.0) -> Tiny:
     config, inputs = make()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with patch.object(transformers.AutoModel, "from_config", _without_vision):
+        with patch.object(transformers.AutoModel, "from_config", without_vision_tower):
             model = getattr(transformers, model_class)(config).eval()
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "norm" not in name:

@@ -78,7 +78,8 @@ class AudioLM:
             Where the model runs; by default a GPU if there is one.
         attn_implementation : str, optional
             ``"auto"`` takes FlashAttention 3 or 2 where it is installed and model, device and dtype allow it, SDPA
-            otherwise. Everything else, None too, goes to transformers.
+            otherwise; where a part of the model has neither, transformers chooses. Everything else, None too, goes to
+            transformers.
         **kwargs
             Passed on to transformers' ``from_pretrained`` (``quantization_config``, ``revision``, ``device_map`` …).
 
@@ -105,7 +106,8 @@ class AudioLM:
                 )
             model_class = getattr(transformers, family.model_class)
             if attn_implementation == "auto":
-                attn_implementation = best_attention(model_class, config, dtype, target)
+                mixes = family.mixes_attention
+                attn_implementation = None if mixes else best_attention(model_class, config, dtype, target)
             if kwargs.get("quantization_config") is not None:
                 kwargs.setdefault("device_map", {"": target})  # quantised weights are made where they stay
             model, loading = model_class.from_pretrained(

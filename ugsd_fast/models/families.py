@@ -40,6 +40,8 @@ class Family:
         Whether a LoRA adapter of the checkpoint belongs to requests with audio only.
     rope_switch : callable
         Model config -> number of positions behind which the rotary frequencies of *all* positions change, or None.
+    mixes_attention : bool
+        Whether a part of the model has eager attention only: transformers then chooses for each part.
     template_hears : bool
         Whether the chat template reads the audio itself, in a message, and gives the model's inputs.
     trims_features : bool
@@ -62,6 +64,7 @@ class Family:
     forward_kwargs: Mapping[str, Any] = field(default_factory=dict)
     toggles_adapter: bool = False
     rope_switch: Callable[[Any], int | None] = lambda config: None
+    mixes_attention: bool = False
     template_hears: bool = False
     trims_features: bool = False
     window: Callable[[Any], int] | None = None
@@ -234,6 +237,7 @@ FAMILIES = (
         audio_tokens=_quartered,
         window=lambda _: 480_000,
         has_vision=True,
+        mixes_attention=True,
     ),
     Family(
         model_types=("vibevoice_asr",),
@@ -242,6 +246,7 @@ FAMILIES = (
         audio="input_values",
         audio_tokens=_hops,
         forward_kwargs={"sample": False},  # noise on the audio would make two passes over one clip disagree
+        mixes_attention=True,
     ),
     Family(
         model_types=("whisper",),
