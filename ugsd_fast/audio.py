@@ -54,6 +54,14 @@ class Audio:
         """Length in seconds."""
         return len(self.samples) / self.rate
 
+    def wav(self) -> bytes:
+        """The audio as a WAV file of float32 samples."""
+        import soundfile
+
+        file = io.BytesIO()
+        soundfile.write(file, self.samples, self.rate, format="WAV", subtype="FLOAT")
+        return file.getvalue()
+
     def resampled(self, rate: int) -> Audio:
         """The same audio at another rate (soxr, very high quality); itself where the rate is right."""
         rate = _checked_rate(rate, self.name)

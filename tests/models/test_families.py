@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.audio_utils import mel_filter_bank
 
-from tests.models.tiny import AUDIO_ID, FAMILIES, Tiny, build, processor
+from tests.decoding import tokenizers
+from tests.models.tiny import AUDIO_ID, EXTRACTORS, FAMILIES, Tiny, build, processor, without_vision_tower
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
-from ugsd_fast.errors import ModelError
+from ugsd_fast.decoding.translation import END, translation_between
+from ugsd_fast.errors import AudioError, ModelError
 from ugsd_fast.models.attention import best_attention
 from ugsd_fast.models.families import FAMILIES as ENTRIES
 from ugsd_fast.models.families import REFUSED, family_of
+from ugsd_fast.models.processors import load_processor
 from ugsd_fast.models.sequence import CachedSequence
 
 TOKENS = 64
@@ -223,23 +230,169 @@ def test_recurrent_text_models_are_refused(verifiers: dict[str, Tiny]) -> None:
         AudioLM(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3_asr", "audioflamingo3", "musicflamingo", "glmasr"])
+CLIP = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 16_000)
+
+
+@pytest.fixture
+def _torchaudio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite-Speech's front end asks torchaudio for one thing, a mel spectrogram: one of torch's own stands in."""
+
+    class MelSpectrogram(torch.nn.Module):
+        def __init__(self, *, n_fft: int, win_length: int, hop_length: int, n_mels: int, sample_rate: int):
+            super().__init__()
+            self.sizes = (n_fft, hop_length, win_length)
+            bank = mel_filter_bank(n_fft // 2 + 1, n_mels, 0.0, sample_rate / 2, sample_rate)
+            self.bank = torch.from_numpy(bank).float()
+
+        def forward(self, samples: torch.Tensor) -> torch.Tensor:
+            n_fft, hop, window = self.sizes
+            spectrum = torch.stft(samples, n_fft, hop, window, torch.hann_window(window), return_complex=True)
+            return (spectrum.abs().square().transpose(-1, -2) @ self.bank).transpose(-1, -2)
+
+    module = "transformers.models.granite_speech.feature_extraction_granite_speech"
+    stand_in = SimpleNamespace(transforms=SimpleNamespace(MelSpectrogram=MelSpectrogram))
+    monkeypatch.setattr(f"{module}.requires_backends", lambda *_: None)
+    monkeypatch.setattr(f"{module}.torchaudio", stand_in, raising=False)
+
+
+@pytest.mark.usefixtures("_torchaudio")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_clips_go_through_processor_and_chat_template(family: str, verifiers: dict[str, Tiny]) -> None:
     model = AudioLM(verifiers[family].model, processor(family))
-    clip = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 16_000)
-    inputs = model.prepare(clip, "w7 w8")
-    text = inputs["input_ids"][inputs["input_ids"] < AUDIO_ID]
-    assert text.tolist() == [7, 8, 5]
-    own = verifiers[family].model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, -8:].tolist()
-    result = Decoder(model, LocalVerifier(model), LOSSLESS).generate(clip, prompt="w7 w8", max_new_tokens=8)
-    assert result.tokens == own
-    assert result.text == model.tokenizer.decode(own, skip_special_tokens=True)
+    prompt = None if family in ("whisper", "moonshine") else "w7 w8"
+    inputs = model.prepare(CLIP, prompt)
+    assert family_of(family).audio in inputs  # type: ignore[union-attr]
+    if prompt is not None:
+        text = inputs["input_ids"][inputs["input_ids"] < 88]
+        assert text.tolist() == [7, 8, 5]
+        assert AUDIO_ID in inputs["input_ids"]
+    own = verifiers[family].model.generate(**inputs, **model.family.forward_kwargs, max_new_tokens=8, do_sample=False)  # type: ignore[union-attr]
+    result = Decoder(model, LocalVerifier(model), LOSSLESS).generate(CLIP, prompt=prompt, max_new_tokens=8)
+    assert result.tokens == own[0, -8:].tolist()
+    assert result.text == model.decode(result.tokens)
+    tone = (np.sin(np.arange(12_000) ** 2 / 4e4) * np.linspace(0, 1, 12_000)).astype(np.float32)
+    other = Decoder(model, None, LOSSLESS).generate((tone, 16_000), prompt=prompt, max_new_tokens=24)
+    same = Decoder(model, None, LOSSLESS).generate(CLIP, prompt=prompt, max_new_tokens=24)
+    assert other.tokens != same.tokens, "what is heard decides"
 
 
-def test_audio_is_prepared_only_where_the_processor_is_driven(verifiers: dict[str, Tiny]) -> None:
-    model = AudioLM(verifiers["voxtral"].model, SimpleNamespace(feature_extractor=None, tokenizer=None))
-    with pytest.raises(ModelError, match="not prepared from audio yet"):
-        model.prepare("clip.wav")
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("granite_speech", "voxtral")])
+def test_processors_come_back_from_a_checkpoint(family: str, tmp_path: Any, verifiers: dict[str, Tiny]) -> None:
+    made = processor(family)
+    made.save_pretrained(tmp_path)
+    entry = family_of(family)
+    assert entry is not None
+    loaded = load_processor(entry, str(tmp_path))
+    assert type(loaded).__name__ == entry.processor_class
+    prompt = None if entry.is_encoder_decoder else "w7 w8"
+    if family == "gemma3n":
+        assert loaded.audio_seq_length == 8
+        loaded.feature_extractor = made.feature_extractor  # which saves no hop but the default
+    if family == "vibevoice_asr":
+        loaded.audio_kwargs = made.audio_kwargs  # the tiny model's hop; checkpoints have the class's own
+    before, after = (AudioLM(verifiers[family].model, one).prepare(CLIP, prompt) for one in (made, loaded))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_from_a_checkpoint(family: str, tmp_path: Any, verifiers: dict[str, Tiny]) -> None:
+    tiny = verifiers[family]
+    tiny.model.save_pretrained(tmp_path)
+    with (
+        patch("ugsd_fast.models.audio_lm.load_processor", lambda *_, **__: None),  # see above
+        patch.object(transformers.AutoModel, "from_config", without_vision_tower),
+    ):
+        model = AudioLM.from_pretrained(tmp_path, device="cpu")
+    decoder = Decoder(None, LocalVerifier(model), LOSSLESS)
+    assert decoder.generate(verifier_inputs=tiny.inputs(), max_new_tokens=TOKENS).tokens == greedy(tiny)
+
+
+def test_whispers_prompts(verifiers: dict[str, Tiny]) -> None:
+    model = AudioLM(verifiers["whisper"].model, processor("whisper"))
+    tokenizer = model.tokenizer
+    names = ("startoftranscript", "startofprev", "en", "transcribe", "notimestamps")
+    start, before, english, transcribe, plain = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    assert model.prepare(CLIP)["decoder_input_ids"].tolist() == [[start, plain]]  # an English-only model's
+    model.model.generation_config.is_multilingual = True
+    assert model.prepare(CLIP)["decoder_input_ids"].tolist() == [[start]]
+    tokenizer.set_prefix_tokens(language="english", task="transcribe")
+    ids = model.prepare(CLIP)["decoder_input_ids"].tolist()[0]
+    assert ids == [start, english, transcribe, plain]
+    prompted = model.prepare(CLIP, "w7")["decoder_input_ids"].tolist()[0]
+    assert prompted[0] == before
+    assert prompted[-4:] == ids
+    del model.model.generation_config.is_multilingual
+    with pytest.raises(AudioError, match=r"expected at most 1 s"):
+        model.prepare((np.tile(CLIP[0], 2), 16_000))
+
+
+def test_a_model_without_prompts_refuses_one(verifiers: dict[str, Tiny]) -> None:
+    model = AudioLM(verifiers["moonshine"].model, processor("moonshine"))
+    with pytest.raises(ModelError, match="takes no prompt"):
+        model.prepare(CLIP, "w7")
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_clips_that_a_front_end_would_cut_are_refused(family: str, verifiers: dict[str, Tiny]) -> None:
+    model = AudioLM(verifiers[family].model, processor(family))
+    with pytest.raises(AudioError, match=r"lasts 31.5\d s, expected at most 30 s"):
+        model.prepare((np.tile(CLIP[0], 42), 16_000))
+
+
+def test_mistrals_own_tokenizer(tmp_path: Any) -> None:
+    """The messages are those that mistral-common takes, and its tokenizer can be translated to and from."""
+    pytest.importorskip("mistral_common")
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    special = [f"<SPECIAL_{rank}>" for rank in range(32)]
+    for rank, token in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]"]):
+        special[rank] = token
+    special[6:11] = ["[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"]
+    special[11:17] = ["<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
+    special[17:20] = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
+    special[24:27] = ["[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]"]
+    tekken = {
+        "config": {
+            "pattern": r"[^\s]+|\s+",
+            "num_vocab_tokens": 256,
+            "default_vocab_size": 288,
+            "default_num_special_tokens": 32,
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+            for byte in range(256)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)
+        ],
+        "audio": {
+            "sampling_rate": 16_000,
+            "frame_rate": 6,
+            "audio_encoding_config": {"num_mel_bins": 8, "hop_length": 333, "window_size": 400},
+            "chunk_length_s": 1.0,
+        },
+    }
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    tokenizer = MistralCommonBackend.from_pretrained(tmp_path)
+    made = transformers.VoxtralProcessor(EXTRACTORS["voxtral"](), tokenizer)
+    made.audio_kwargs = {**made.audio_kwargs, "pad_to_multiple_of": 16_000, "max_source_positions": 48}
+    config = build("voxtral").model.config
+    config.audio_token_id, config.text_config.vocab_size = 24, 288
+    model = AudioLM(transformers.VoxtralForConditionalGeneration(config), made)
+    inputs = model.prepare(CLIP, "hä")
+    assert inputs["input_ids"][0].tolist() == [1, 3, 25, *[24] * 6, *(32 + byte for byte in "hä".encode()), 4]
+    other = tokenizers.build("byte_bpe")
+    translation = translation_between(
+        SimpleNamespace(tokenizer=other, eos_token_ids=frozenset({1})),  # type: ignore[arg-type]
+        LocalVerifier(model),
+        UGSDConfig(),
+        frozenset({2}),
+    )
+    assert translation is not None
+    assert translation.verifier.decode([*translation.verifier.encode("hä</s>"), 2]) == f"hä</s>{END}"
 
 
 def test_flash_attention_where_installed_and_possible(monkeypatch: pytest.MonkeyPatch) -> None:

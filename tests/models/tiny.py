@@ -6,17 +6,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import soundfile
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from ugsd_fast.models.families import family_of
+from ugsd_fast.models.processors import processor_class
 
 VOCAB_SIZE = 96
 AUDIO_ID = 90
@@ -391,7 +395,7 @@ FAMILIES: Mapping[str, tuple[Callable[[], Any], str, str]] = {
 _from_config = transformers.AutoModel.from_config
 
 
-def _without_vision(config: Any, **kwargs: Any) -> nn.Module:
+def without_vision_tower(config: Any, **kwargs: Any) -> nn.Module:
     """`AutoModel.from_config`, but for Gemma 3n's vision tower: it needs timm, for inputs that speech never has."""
     return nn.Identity() if config.model_type == "gemma3n_vision" else _from_config(config, **kwargs)
 
@@ -402,7 +406,7 @@ def build(family: str, *, seed: int = 1, noise: float = 0.0) -> Tiny:
     config, inputs = make()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with patch.object(transformers.AutoModel, "from_config", _without_vision):
+        with patch.object(transformers.AutoModel, "from_config", without_vision_tower):
             model = getattr(transformers, model_class)(config).eval()
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "norm" not in name:
@@ -416,19 +420,77 @@ def build(family: str, *, seed: int = 1, noise: float = 0.0) -> Tiny:
     return Tiny(model, inputs, model.get_submodule(tower))
 
 
+_AUDIO_TOKEN = {"qwen3_asr": "<|audio_pad|>", "glmasr": "<|pad|>"}
+
+
+def _whisper_extractor(hop_length: int = 333, name: str = "WhisperFeatureExtractor") -> Any:
+    return getattr(transformers, name)(feature_size=8, chunk_length=1, hop_length=hop_length)
+
+
+# family: what makes features for the tiny model
+EXTRACTORS: Mapping[str, Callable[[], Any]] = {
+    "qwen3_asr": lambda: _whisper_extractor(160, "Qwen3ASRFeatureExtractor"),  # 100 frames a second; the others 48
+    **dict.fromkeys(("voxtral", "audioflamingo3", "musicflamingo", "glmasr", "whisper"), _whisper_extractor),
+    "granite_speech": lambda: transformers.GraniteSpeechFeatureExtractor(n_mels=4),
+    "phi4_multimodal": lambda: transformers.Phi4MultimodalFeatureExtractor(feature_size=16),
+    "gemma3n": lambda: transformers.Gemma3nAudioFeatureExtractor(feature_size=16, hop_length_ms=20.0),
+    "gemma4": lambda: transformers.Gemma4AudioFeatureExtractor(feature_size=128),
+    "vibevoice_asr": lambda: transformers.VibeVoiceAcousticTokenizerFeatureExtractor(sampling_rate=1000),
+    "moonshine": lambda: transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True),
+}
+
+
 def processor(family: str) -> Any:
-    """A processor of `family` for its tiny model: one word a token, one second a window."""
-    hop_length = {"qwen3_asr": 160}.get(family, 333)  # 100 or 48 frames
-    extractor = {"qwen3_asr": "Qwen3ASRFeatureExtractor"}.get(family, "WhisperFeatureExtractor")
+    """A processor of `family` for its tiny model: one word a token, one second a window where there is one."""
     entry = family_of(family)
     assert entry is not None
-    audio = {"qwen3_asr": "<|audio_pad|>", "glmasr": "<|pad|>"}.get(family, "<sound>")
-    return getattr(transformers, entry.processor_class)(
-        getattr(transformers, extractor)(feature_size=8, chunk_length=1, hop_length=hop_length),
-        _tokenizer(audio),
-        chat_template="{% for part in messages[0]['content'] %}"
+    audio = _AUDIO_TOKEN.get(family, "<sound>")
+    tokenizer = _whisper_tokenizer() if family == "whisper" else _tokenizer(audio)
+    settings: dict[str, Any] = {
+        "chat_template": "{% for part in messages[0]['content'] %}"
         f"{{% if part['type'] == 'audio' %}}{audio}{{% else %}} {{{{ part['text'] }}}}{{% endif %}}{{% endfor %}} w5",
+    }
+    if entry.is_encoder_decoder:
+        settings = {}
+    if family == "gemma3n":
+        settings["audio_seq_length"] = 8
+    if family == "vibevoice_asr":
+        settings |= {
+            f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("audio", "audio_bos", "audio_eos")
+        }
+    if family == "voxtral":
+        tokenizer, settings = _MistralStandIn(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>"), {}
+    made = processor_class(entry)(EXTRACTORS[family](), tokenizer, **settings)
+    if family == "vibevoice_asr":
+        made.audio_kwargs = {
+            **made.audio_kwargs,
+            "sampling_rate": 1000,
+            "pad_to_multiple_of": 8,
+        }  # the tiny model's hop
+    if family == "voxtral":
+        made.audio_kwargs = {**made.audio_kwargs, "pad_to_multiple_of": 16_000, "max_source_positions": 48}
+    return made
+
+
+class _MistralStandIn(transformers.PreTrainedTokenizerFast):
+    """Where mistral-common is not installed: a chat template that reads WAV files in its messages."""
+
+    def apply_chat_template(self, conversations: Any, **_: Any) -> dict[str, Any]:
+        (((audio, text),),) = ([message["content"] for message in conversation] for conversation in conversations)
+        samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["base64"])), dtype="float32")
+        assert rate == 16_000
+        ids = [AUDIO_ID] * 6 * -(-len(samples) // rate) + self.encode(text["text"]) + [5]
+        return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "audio": [samples]}
+
+
+def _whisper_tokenizer() -> Any:
+    """Whisper's own, for its prompts."""
+    tokenizer = transformers.WhisperTokenizer(
+        vocab={**{f"w{i}": i for i in range(89)}, "<|endoftext|>": 89}, merges=[], unk_token="<|endoftext|>"
     )
+    names = ("startoftranscript", "en", "transcribe", "translate", "startofprev", "notimestamps")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})  # from AUDIO_ID
+    return tokenizer
 
 
 def _tokenizer(audio: str) -> Any:
@@ -436,10 +498,12 @@ def _tokenizer(audio: str) -> Any:
         models.WordLevel({**{f"w{i}": i for i in range(88)}, "<unk>": 88, "<pad>": 89}, unk_token="<unk>")
     )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>")
-    added = (audio, "<|sound_bos|>", "<|sound_eos|>")  # from AUDIO_ID
-    tokenizer.add_tokens([transformers.AddedToken(text, special=True) for text in added], special_tokens=True)
-    for name, text in zip(("audio_token", "audio_bos_token", "audio_eos_token"), added, strict=True):
-        setattr(tokenizer, name, text)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(text))
-    return tokenizer
+    added = (audio, "<|sound_bos|>", "<|sound_eos|>", "<|image|>")  # from AUDIO_ID
+    words.add_special_tokens([AddedToken(text, special=True) for text in added])
+    names = {"audio": 0, "audio_bos": 1, "audio_eos": 2, "boa": 1, "eoa": 2, "image": 3, "boi": 1, "eoi": 2}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={f"{name}_token": added[index] for name, index in names.items()},
+    )

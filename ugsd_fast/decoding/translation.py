@@ -59,6 +59,8 @@ class Codec:
         self.ends = ends
         self.end = end
         self._tokenizer = tokenizer
+        # mistral-common never reads a special token in a text.
+        self._as_text = {"split_special_tokens": True} if hasattr(tokenizer, "get_added_vocab") else {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; of the special ones, only those that end a sequence show."""
@@ -76,7 +78,7 @@ class Codec:
             if index and self.end is not None:
                 ids.append(self.end)
             if part:
-                ids += self._tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
+                ids += self._tokenizer.encode(part, add_special_tokens=False, **self._as_text)
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:

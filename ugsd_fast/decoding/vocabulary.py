@@ -43,5 +43,8 @@ def check_vocabularies(draft: HasTokenizer, verifier: HasTokenizer) -> None:
 
 
 def _text_vocabulary(tokenizer: Any) -> dict[str, int]:
-    added = tokenizer.get_added_vocab()
+    if hasattr(tokenizer, "get_added_vocab"):
+        added = tokenizer.get_added_vocab()
+    else:  # mistral-common's
+        added = set(tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids))
     return {token: index for token, index in tokenizer.get_vocab().items() if token not in added}

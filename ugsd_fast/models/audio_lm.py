@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from ugsd_fast.models.families import FAMILIES, REFUSED, Family, family_of, refu
 from ugsd_fast.models.processors import load_processor
 from ugsd_fast.models.sequence import CachedSequence
 
+_OF_IMAGES = ("token_type_ids", "mm_token_type_ids")  # where attention is bidirectional: never for speech
 DEFAULT_PROMPT = "Describe the emotion of the speaker and how it can be heard in the voice."
 
 
@@ -76,7 +78,8 @@ class AudioLM:
             Where the model runs; by default a GPU if there is one.
         attn_implementation : str, optional
             ``"auto"`` takes FlashAttention 3 or 2 where it is installed and model, device and dtype allow it, SDPA
-            otherwise. Everything else, None too, goes to transformers.
+            otherwise; where a part of the model has neither, transformers chooses. Everything else, None too, goes to
+            transformers.
         **kwargs
             Passed on to transformers' ``from_pretrained`` (``quantization_config``, ``revision``, ``device_map`` …).
 
@@ -103,7 +106,8 @@ class AudioLM:
                 )
             model_class = getattr(transformers, family.model_class)
             if attn_implementation == "auto":
-                attn_implementation = best_attention(model_class, config, dtype, target)
+                mixes = family.mixes_attention
+                attn_implementation = None if mixes else best_attention(model_class, config, dtype, target)
             if kwargs.get("quantization_config") is not None:
                 kwargs.setdefault("device_map", {"": target})  # quantised weights are made where they stay
             model, loading = model_class.from_pretrained(
@@ -163,10 +167,15 @@ class AudioLM:
     @property
     def max_audio_seconds(self) -> float | None:
         """Length of the audio encoder's window, None where there is no such limit."""
-        if self.processor is None or self.family is None or not self.family.cuts_audio:
+        if self.processor is None or self.family is None or self.family.window is None:
             return None
-        extractor = self.processor.feature_extractor
-        return extractor.n_samples / extractor.sampling_rate
+        extractor = self._extractor
+        return self.family.window(extractor) / extractor.sampling_rate
+
+    @property
+    def _extractor(self) -> Any:
+        """What makes features of samples."""
+        return getattr(self.processor, "feature_extractor", None) or self.processor.audio_processor
 
     def prepare(self, audio: Any, prompt: str | None = None) -> dict[str, Tensor]:
         """Model inputs for one clip and a prompt, through the model's own processor and chat template.
@@ -176,50 +185,62 @@ class AudioLM:
         audio : path, (array, rate) or Audio
             What `ugsd_fast.audio.load_audio` reads; resampled to the model's rate.
         prompt : str, optional
-            The instruction, `DEFAULT_PROMPT` if not given.
+            The instruction, `DEFAULT_PROMPT` if not given. An encoder-decoder needs none; Whisper takes it as the text
+            before the clip's.
 
         Returns
         -------
         dict of str to Tensor
-            ``input_ids`` [1, P], ``attention_mask`` [1, P] and the audio tensors of the family, on the model's device.
+            ``input_ids`` [1, P], ``attention_mask`` [1, P] and the audio tensors of the family, on the model's device;
+            of an encoder-decoder the audio tensors and, where it takes a prompt, ``decoder_input_ids`` [1, P].
 
         Raises
         ------
         AudioError
             If the audio cannot be read, or is longer than the model's audio encoder takes.
         ModelError
-            If the model has no processor, or its prompt has no room for the clip.
+            If the model has no processor, takes no prompt, or its prompt has no room for the clip.
         """
         if self.processor is None or self.family is None:
             raise ModelError(
                 f"AudioLM: {type(self.model).__name__} has no processor, expected one to caption audio "
                 "(pass prepared model inputs instead: generate(inputs=...))"
             )
-        if not self.family.prepares:
-            raise ModelError(
-                f"AudioLM: inputs of {type(self.model).__name__} are not prepared from audio yet, expected prepared "
-                "model inputs: generate(inputs=...)"
-            )
-        extractor = self.processor.feature_extractor
+        extractor = self._extractor
         clip = load_audio(audio, max_seconds=self.max_audio_seconds).resampled(extractor.sampling_rate)
-        content = [{"type": "audio", "audio": clip.name}, {"type": "text", "text": prompt or DEFAULT_PROMPT}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        inputs = dict(
-            self.processor(
-                text=text,
-                audio=[clip.samples],
-                sampling_rate=extractor.sampling_rate,
-                return_tensors="pt",
-            )
-        )
+        heard = {"audio": [clip.samples], "sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
+        if self.family.is_encoder_decoder:
+            return self.to_device({**self.processor(**heard), **self._decoder_prompt(prompt)})
+        wav = base64.b64encode(clip.wav()).decode() if self.family.template_hears else None
+        content = [
+            {"type": "audio", "audio": clip.name} if wav is None else {"type": "audio", "base64": wav},
+            {"type": "text", "text": prompt or DEFAULT_PROMPT},
+        ]
+        messages = [{"role": "user", "content": content}]
+        if self.family.template_hears:
+            given = self.processor.apply_chat_template(messages)
+        else:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            given = self.processor(text=text, **heard)
+        inputs = {name: value for name, value in given.items() if name not in _OF_IMAGES}
         self.check_placeholders(inputs)
         if self.family.trims_features:
             frames = int(inputs["feature_attention_mask"].sum(-1).max())
             for name in ("input_features", "feature_attention_mask"):
                 inputs[name] = inputs[name][..., :frames]
         return self.to_device(inputs)
+
+    def _decoder_prompt(self, prompt: str | None) -> dict[str, Tensor]:
+        """What an encoder-decoder's text begins with."""
+        assert self.family is not None
+        if self.family.decoder_prompt is not None:
+            ids = self.family.decoder_prompt(self.model, self.tokenizer, prompt)
+            return {"decoder_input_ids": torch.tensor([ids])}
+        if prompt is not None:
+            raise ModelError(
+                f"AudioLM: prompt is {prompt!r}, expected None ({type(self.model).__name__} takes no prompt)"
+            )
+        return {}
 
     def prompt_ids(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token ids [1, P] that generated tokens follow: ``input_ids``, or what an encoder-decoder starts with."""

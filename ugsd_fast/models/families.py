@@ -40,12 +40,17 @@ class Family:
         Whether a LoRA adapter of the checkpoint belongs to requests with audio only.
     rope_switch : callable
         Model config -> number of positions behind which the rotary frequencies of *all* positions change, or None.
-    prepares : bool
-        Whether `AudioLM.prepare` drives the processor; for the others, prepared inputs are decoded.
+    mixes_attention : bool
+        Whether a part of the model has eager attention only: transformers then chooses for each part.
+    template_hears : bool
+        Whether the chat template reads the audio itself, in a message, and gives the model's inputs.
     trims_features : bool
         Whether mel frames that are only padding can be cut off before the audio tower.
-    cuts_audio : bool
-        Whether the processor silently cuts a clip that is longer than its window.
+    window : callable, optional
+        Feature extractor -> samples behind which the processor silently cuts a clip; None where it never does.
+    decoder_prompt : callable, optional
+        (model, tokenizer, prompt or None) -> token ids that an encoder-decoder's text begins with; None where it takes
+        no prompt.
     has_vision : bool
         Whether the processor has image and video parts as well.
     """
@@ -59,9 +64,11 @@ class Family:
     forward_kwargs: Mapping[str, Any] = field(default_factory=dict)
     toggles_adapter: bool = False
     rope_switch: Callable[[Any], int | None] = lambda config: None
-    prepares: bool = False
+    mixes_attention: bool = False
+    template_hears: bool = False
     trims_features: bool = False
-    cuts_audio: bool = False
+    window: Callable[[Any], int] | None = None
+    decoder_prompt: Callable[[Any, Any, str | None], list[int]] | None = None
     has_vision: bool = False
 
     @property
@@ -130,6 +137,14 @@ def _hops(config: Any, inputs: Inputs) -> int:
     return sum(-(-count // hop) for count in samples)
 
 
+def _whisper_prompt(model: Any, tokenizer: Any, prompt: str | None) -> list[int]:
+    """The text before, and the tokenizer's own beginning; a language that nobody named is left to the model."""
+    start = list(tokenizer.prefix_tokens)
+    if getattr(model.generation_config, "is_multilingual", False) and tokenizer.language is None:
+        start = start[:1]
+    return [*(tokenizer.get_prompt_ids(prompt).tolist() if prompt else ()), *start]
+
+
 def _longrope_switch(config: Any) -> int | None:
     is_longrope = (config.rope_parameters or {}).get("rope_type") == "longrope"
     return config.original_max_position_embeddings if is_longrope else None
@@ -141,17 +156,15 @@ FAMILIES = (
         model_class="Qwen2AudioForConditionalGeneration",
         processor_class="Qwen2AudioProcessor",
         audio_tokens=_pooled,
-        prepares=True,
-        cuts_audio=True,
+        window=lambda extractor: extractor.n_samples,
     ),
     Family(
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
         model_class="Qwen2_5OmniThinkerForConditionalGeneration",
         processor_class="Qwen2_5OmniProcessor",
         audio_tokens=_pooled,
-        prepares=True,
         trims_features=True,
-        cuts_audio=True,
+        window=lambda extractor: extractor.n_samples,
         has_vision=True,
     ),
     Family(
@@ -159,7 +172,6 @@ FAMILIES = (
         model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
         processor_class="Qwen3OmniMoeProcessor",
         audio_tokens=_windowed,
-        prepares=True,
         has_vision=True,
     ),
     Family(
@@ -167,13 +179,13 @@ FAMILIES = (
         model_class="Qwen3ASRForConditionalGeneration",
         processor_class="Qwen3ASRProcessor",
         audio_tokens=_windowed,
-        prepares=True,
     ),
     Family(
         model_types=("voxtral",),
         model_class="VoxtralForConditionalGeneration",
         processor_class="VoxtralProcessor",
         audio_tokens=_whole_windows,
+        template_hears=True,
     ),
     Family(
         model_types=("granite_speech",),
@@ -187,21 +199,18 @@ FAMILIES = (
         model_class="AudioFlamingo3ForConditionalGeneration",
         processor_class="AudioFlamingo3Processor",
         audio_tokens=_pooled,
-        prepares=True,
     ),
     Family(
         model_types=("musicflamingo",),
         model_class="MusicFlamingoForConditionalGeneration",
         processor_class="MusicFlamingoProcessor",
         audio_tokens=_pooled,
-        prepares=True,
     ),
     Family(
         model_types=("glmasr",),
         model_class="GlmAsrForConditionalGeneration",
         processor_class="GlmAsrProcessor",
         audio_tokens=_merged_by_four,
-        prepares=True,
     ),
     Family(
         model_types=("phi4_multimodal",),
@@ -211,18 +220,24 @@ FAMILIES = (
         audio_tokens=lambda _, inputs: int(inputs["audio_embed_sizes"].sum()),
         audio_token_id=lambda config: config.audio_config.audio_token_id,
         rope_switch=_longrope_switch,
+        has_vision=True,
     ),
     Family(
         model_types=("gemma3n",),
         model_class="Gemma3nForConditionalGeneration",
         processor_class="Gemma3nProcessor",
         audio_tokens=lambda config, inputs: inputs["input_features"].shape[0] * config.audio_soft_tokens_per_image,
+        window=lambda _: 480_000,
+        has_vision=True,
     ),
     Family(
         model_types=("gemma4",),
         model_class="Gemma4ForConditionalGeneration",
         processor_class="Gemma4Processor",
         audio_tokens=_quartered,
+        window=lambda _: 480_000,
+        has_vision=True,
+        mixes_attention=True,
     ),
     Family(
         model_types=("vibevoice_asr",),
@@ -231,11 +246,14 @@ FAMILIES = (
         audio="input_values",
         audio_tokens=_hops,
         forward_kwargs={"sample": False},  # noise on the audio would make two passes over one clip disagree
+        mixes_attention=True,
     ),
     Family(
         model_types=("whisper",),
         model_class="WhisperForConditionalGeneration",
         processor_class="WhisperProcessor",
+        window=lambda extractor: extractor.n_samples,
+        decoder_prompt=_whisper_prompt,
     ),
     Family(
         model_types=("moonshine",),
