@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ugsd_fast.cache.attention import attention_of
 from ugsd_fast.cache.growing import GrowingCache, self_attention
 from ugsd_fast.errors import ModelError
 
@@ -86,11 +87,11 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     windows = _windows(cache)
     if count == 1 and not any(length + 1 > window for window in windows.values() if window):
         return {"attention_mask": held, "position_ids": positions}
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in _MASKED:
+    attention = attention_of(model.config)
+    if attention not in _MASKED:
         raise ModelError(
             f"step_inputs: rows of lengths {lengths} need a 4-D mask, and attention implementation "
-            f"{config._attn_implementation!r} takes none, expected one of {list(_MASKED)}"
+            f"{attention!r} takes none, expected one of {list(_MASKED)}"
         )
     masks = {}
     for kind, window in windows.items():
@@ -99,7 +100,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
             visible &= columns > slots[..., None] - window
             visible = visible[..., max(min(lengths) - window + 1, 0) :]
         masks[kind] = visible[:, None]
-        if _MASKED[config._attn_implementation]:
+        if _MASKED[attention]:
             numbers = torch.zeros(masks[kind].shape, dtype=model.dtype, device=device)
             masks[kind] = numbers.masked_fill_(~masks[kind], torch.finfo(model.dtype).min)
     return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": positions}

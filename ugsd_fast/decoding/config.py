@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from ugsd_fast.ops import LOSSLESS_RULES
 
 Rule = Literal["greedy", "rank", "exact", "block", "typical", "relaxed"]
 Gate = Literal["max", "mean", "first"]
+Adaptive = Literal["fixed", "entropy", "aimd", "cost"]
 OnVerifierFailure = Literal["accept", "wait", "raise"]
+
+_ROW_SEED = 0x9E3779B97F4A7C15  # odd: seeds of 2**64 rows differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,12 @@ class UGSDConfig:
         Sampling of drafter and verifier alike; temperature 0 is greedy.
     seed : int
         Of the counter-based uniforms: the same seed gives the same tokens on every backend.
-    adaptive : {"fixed"}
-        How the block length follows the acceptance.
+    adaptive : {"fixed", "entropy", "aimd", "cost"}
+        How long blocks are: ``block_size`` always; up to the first token whose entropy is over the threshold; one more
+        after full acceptance and half after a rejection; or what promises most tokens a second by the draft, verify and
+        round-trip times and the acceptance so far. See `ugsd_fast.decoding.block_length`.
+    min_block, max_block : int, optional
+        Bounds of an adaptive block length; ``max_block`` is by default four times ``block_size``.
     graph : bool
         Draft in a static cache, with a step that runs at fixed addresses: on a GPU it is captured once in a CUDA graph
         and replayed. On other devices the same step runs uncaptured. Batches decode one by one.
@@ -83,7 +90,9 @@ class UGSDConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    adaptive: Literal["fixed"] = "fixed"
+    adaptive: Adaptive = "fixed"
+    min_block: int = 1
+    max_block: int | None = None
     graph: bool = False
     eos_token_id: int | Sequence[int] | None = None
     on_verifier_failure: OnVerifierFailure = "accept"
@@ -101,10 +110,13 @@ class UGSDConfig:
         _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1] (1 is off)")
         _require(self, "min_p", 0 <= self.min_p < 1, "in [0, 1) (0 is off)")
         _require(self, "seed", _is_int(self.seed) and 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
-        for name, kind in (("rule", Rule), ("gate", Gate), ("on_verifier_failure", OnVerifierFailure)):
+        kinds = {"rule": Rule, "gate": Gate, "adaptive": Adaptive, "on_verifier_failure": OnVerifierFailure}
+        for name, kind in kinds.items():
             _require(self, name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         _require(self, "graph", isinstance(self.graph, bool), "True or False")
-        _require(self, "adaptive", self.adaptive == "fixed", "'fixed'")
+        _require(self, "min_block", _is_int(self.min_block) and self.min_block >= 1, "an integer >= 1")
+        longest = self.max_block is None or (_is_int(self.max_block) and self.max_block >= self.min_block)
+        _require(self, "max_block", longest, f"an integer >= min_block={self.min_block}")
         if self.rule == "greedy" and self.temperature > 0:
             raise ValueError(
                 f"UGSDConfig: rule='greedy' with temperature={self.temperature}, expected temperature 0 "
@@ -120,6 +132,17 @@ class UGSDConfig:
     def appends_bonus(self) -> bool:
         """``bonus`` with its default resolved."""
         return self.rule in LOSSLESS_RULES if self.bonus is None else self.bonus
+
+    @property
+    def longest_block(self) -> int:
+        """``max_block`` with its default resolved: most tokens that a block can have."""
+        if self.adaptive == "fixed":
+            return self.block_size
+        return max(4 * self.block_size, self.min_block) if self.max_block is None else self.max_block
+
+    def of_row(self, row: int) -> UGSDConfig:
+        """The same settings for one row of a batch, with uniforms of its own."""
+        return self if not row else replace(self, seed=(self.seed + row * _ROW_SEED) % 2**64)
 
     @property
     def eos_token_ids(self) -> frozenset[int] | None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from ugsd_fast.audio import load_audio
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
-from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter
-from ugsd_fast.decoding.text import IncrementalText
-from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
+from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
+from ugsd_fast.decoding.request import Request
+from ugsd_fast.decoding.trace import StreamEvent
+from ugsd_fast.decoding.verification import VerifyCall, verify_calls
 from ugsd_fast.decoding.vocabulary import check_vocabularies
-from ugsd_fast.errors import ModelError, VerifierUnavailable
+from ugsd_fast.errors import VerifierUnavailable
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable
 
@@ -77,24 +79,31 @@ class Decoder:
         self,
         audio: Any = None,
         *,
-        prompt: str | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
-        verifier_inputs: Mapping[str, Tensor] | None = None,
+        prompt: str | list[str] | None = None,
+        inputs: Mapping[str, Tensor] | list[Mapping[str, Tensor]] | None = None,
+        verifier_inputs: Mapping[str, Tensor] | list[Mapping[str, Tensor]] | None = None,
         max_new_tokens: int = 128,
+        max_batch_size: int = 16,
     ) -> Any:
         """Caption one input, or each of a list.
+
+        The requests of a list share their forward passes: one a draft step for all that draft, one for all whose block
+        is verified. Each has gate, acceptance, rollback and end of its own; one that ends leaves, and the next joins.
 
         Parameters
         ----------
         audio : path, (array, rate), Audio, or a list of them
             Each model prepares it with its own processor.
-        prompt : str, optional
-            The instruction, given to both models through their own chat templates.
-        inputs, verifier_inputs : mapping of str to Tensor, optional
+        prompt : str or list of str, optional
+            The instruction, given to both models through their own chat templates; for a list of inputs, one for all
+            or one for each.
+        inputs, verifier_inputs : mapping of str to Tensor, or list of mappings, optional
             Prepared model inputs (``input_ids`` [1, P], audio tensors …) instead of `audio`, for drafter and verifier
             apart: the two never share inputs. One that is None in the decoder needs none.
         max_new_tokens : int
             Most tokens a caption may have.
+        max_batch_size : int
+            Requests of a list that are decoded at the same time.
 
         Returns
         -------
@@ -108,19 +117,20 @@ class Decoder:
         VerifierUnavailable
             If the verifier fails under ``on_verifier_failure="raise"``.
         """
-        if isinstance(audio, list):
-            return [self.generate(one, prompt=prompt, max_new_tokens=max_new_tokens) for one in audio]
-        events = self.stream(
-            audio,
-            prompt=prompt,
-            inputs=inputs,
-            verifier_inputs=verifier_inputs,
-            max_new_tokens=max_new_tokens,
+        if max_batch_size < 1:
+            raise ValueError(f"Decoder: max_batch_size is {max_batch_size}, expected an integer >= 1")
+        given = {"audio": audio, "prompt": prompt, "inputs": inputs, "verifier_inputs": verifier_inputs}
+        lists = [value for name, value in given.items() if isinstance(value, list) and name != "prompt"]
+        count = len(lists[0]) if lists else None
+        columns = [_column(name, value, count) for name, value in given.items()]
+        arrivals = (
+            self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row)
+            for row, (clip, text, draft_inputs, judge_inputs) in enumerate(zip(*columns, strict=True))
         )
-        result = None
-        for event in events:
-            result = event.result
-        return result
+        # A draft graph has addresses of its own for one request.
+        room = 1 if self.config.graph else max_batch_size
+        results = {request.row: request.result for request, event in self._run(arrivals, room) if event.result}
+        return [results[row] for row in range(len(results))] if lists else results[0]
 
     def stream(
         self,
@@ -135,6 +145,79 @@ class Decoder:
 
         Takes what `generate` takes, but one input only.
         """
+        request = self._open(audio, prompt, inputs, verifier_inputs, max_new_tokens)
+        return (event for _, event in self._run(iter([request]), 1))
+
+    def _run(self, arrivals: Iterator[Request], room: int) -> Iterator[tuple[Request, StreamEvent]]:
+        """The loop itself: a block of each of `room` requests at a time; the next takes the place of one that ends."""
+        requests: list[Request] = []
+        try:
+            while True:
+                requests.extend(islice(arrivals, room - len(requests)))
+                if not requests:
+                    return
+                clock = time.perf_counter()
+                blocks = self._draft(requests)
+                drafted = time.perf_counter()
+                verdicts = self._verify(requests, blocks)
+                times = {"draft_seconds": drafted - clock, "verify_seconds": time.perf_counter() - drafted}
+                for request, block, verdict in zip(requests, blocks, verdicts, strict=True):
+                    yield request, request.settle(block, verdict, **times)
+                self._release([request for request in requests if request.result])
+                requests = [request for request in requests if not request.result]
+        finally:
+            self._release(requests)
+
+    def _draft(self, requests: Sequence[Request]) -> Sequence[DraftBlock]:
+        """A block of every request; those of ordinary drafters step together."""
+        drafters = [request.drafter for request in requests]
+        if self.draft is None:
+            return [EMPTY_BLOCK] * len(requests)
+        lengths = [request.next_length() for request in requests]
+        if all(isinstance(drafter, Drafter) for drafter in drafters):
+            return draft_blocks(cast(list[Drafter], drafters), lengths)
+        return [drafter.draft(length) for drafter, length in zip(drafters, lengths, strict=True) if drafter]
+
+    def _verify(self, requests: Sequence[Request], blocks: Sequence[DraftBlock]) -> list[Verdict | None]:
+        """The verifier's verdicts; None where it is not asked, or failed and the draft is to stand."""
+        verdicts: list[Verdict | None] = [None] * len(requests)
+        pending = {
+            index: VerifyCall(request.session, request.unseen, block, request.wants_bonus(block))
+            for index, (request, block) in enumerate(zip(requests, blocks, strict=True))
+            if request.session is not None and request.escalates(block)
+        }
+        delay = _FIRST_RETRY
+        while pending:
+            assert self.verifier is not None
+            answers = verify_calls(self.verifier, list(pending.values()))
+            for index, answer in zip(list(pending), answers, strict=True):
+                if not isinstance(answer, VerifierUnavailable):
+                    verdicts[index] = answer
+                elif self.config.on_verifier_failure == "raise" or not len(blocks[index]):
+                    raise answer
+                elif self.config.on_verifier_failure == "wait":
+                    continue
+                del pending[index]
+            if pending:
+                time.sleep(delay)
+                delay = min(2 * delay, _LONGEST_RETRY)
+        return verdicts
+
+    def _release(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.close()
+            if isinstance(request.drafter, DraftGraph):
+                self._idle_graphs.append(request.drafter)
+
+    def _open(
+        self,
+        audio: Any,
+        prompt: str | None,
+        inputs: Mapping[str, Tensor] | None,
+        verifier_inputs: Mapping[str, Tensor] | None,
+        max_new_tokens: int,
+        row: int = 0,
+    ) -> Request:
         if (audio is None) == (inputs is None and verifier_inputs is None):
             raise ValueError("Decoder: got both or neither of audio and prepared inputs, expected one of them")
         if max_new_tokens < 1:
@@ -143,103 +226,17 @@ class Decoder:
         if audio is not None:
             limits = [side.max_audio_seconds for side in (self.draft, self.verifier) if side is not None]
             audio = load_audio(audio, max_seconds=min((limit for limit in limits if limit is not None), default=None))
-        drafter = self._open_drafter(audio, prompt, inputs, max_new_tokens)
-        session = self._open_verifier(audio, prompt, verifier_inputs)
-        return self._events(drafter, session, max_new_tokens, started)
-
-    def _events(
-        self, drafter: Drafter | DraftGraph | None, session: VerifierSession | None, max_new_tokens: int, started: float
-    ) -> Iterator[StreamEvent]:
-        trace, first_token = Trace(), 0.0
-        tokens: list[int] = []
-        text = IncrementalText(self._decode_text)
-        try:
-            for block, last in self._blocks(drafter, session, max_new_tokens):
-                latency = time.perf_counter() - started
-                first_token = first_token or latency
-                trace.blocks.append(block)
-                tokens.extend(block.emitted)
-                result = None
-                delta = text.extend(block.emitted, final=last)
-                if last:
-                    metrics = trace.metrics(
-                        latency=latency,
-                        time_to_first_token=first_token,
-                        verifier_forwards=session.forwards if session else 0,
-                        drafter_forwards=drafter.forwards if drafter else 0,
-                        traffic=session.traffic if session else None,
-                    )
-                    result = Result(text.text, tokens, trace, metrics)
-                yield StreamEvent(delta, tuple(block.tokens()), block, result)
-        finally:
-            if session is not None:
-                session.close()
-            if isinstance(drafter, DraftGraph):
-                self._idle_graphs.append(drafter)
-
-    def _blocks(
-        self, drafter: Drafter | DraftGraph | None, session: VerifierSession | None, max_new_tokens: int
-    ) -> Iterator[tuple[BlockRecord, bool]]:
-        """The loop itself: blocks in order, each with whether it is the last."""
-        config, eos = self.config, self.eos_token_ids
-        position = 0
-        unseen: list[int] = []  # final tokens that the verifier does not know yet
-        last = False
-        while not last:
-            room = max_new_tokens - position
-            clock = time.perf_counter()
-            block = drafter.draft(min(config.block_size, room)) if drafter else EMPTY_BLOCK
-            draft_seconds = time.perf_counter() - clock
-
-            escalate = session is not None and (config.always_escalate or block.escalate)
-            verdict = None
-            if session is not None and escalate:
-                ended = len(block) == room or (len(block) and block.token_ids[-1] in eos)
-                bonus = not len(block) or (config.appends_bonus and not ended)
-                verdict = self._verify(session, unseen, block, bonus=bonus)
-            verify_seconds = time.perf_counter() - clock - draft_seconds
-
-            num_accepted = verdict.num_accepted if verdict else len(block)
-            next_token = verdict.next_token if verdict else -1
-            emitted = block.token_ids[:num_accepted] + ((next_token,) if next_token >= 0 else ())
-            if not emitted:
-                raise ModelError("Decoder: the verifier's logits have no finite value, expected a next token")
-            last = position + len(emitted) >= max_new_tokens or emitted[-1] in eos
-            yield (
-                BlockRecord(
-                    start=position,
-                    draft_tokens=block.token_ids,
-                    entropy=block.entropy,
-                    uncertainty=block.uncertainty,
-                    escalated=escalate,
-                    num_accepted=num_accepted,
-                    emitted=emitted,
-                    draft_seconds=draft_seconds,
-                    verify_seconds=verify_seconds,
-                    verified=not escalate or verdict is not None,
-                ),
-                last,
-            )
-            position += len(emitted)
-            unseen = [] if verdict else [*unseen, *emitted]
-            if drafter and not last:
-                drafter.commit(num_accepted, next_token)
-
-    def _verify(
-        self, session: VerifierSession, unseen: Sequence[int], block: DraftBlock, *, bonus: bool
-    ) -> Verdict | None:
-        """The verifier's verdict, or None where it failed and the draft is to stand."""
-        delay = _FIRST_RETRY
-        while True:
-            try:
-                return session.verify(unseen, block, bonus=bonus)
-            except VerifierUnavailable:
-                if self.config.on_verifier_failure == "raise" or not len(block):
-                    raise
-                if self.config.on_verifier_failure == "accept":
-                    return None
-            time.sleep(delay)
-            delay = min(2 * delay, _LONGEST_RETRY)
+        config = self.config.of_row(row)
+        return Request(
+            self._open_drafter(audio, prompt, inputs, max_new_tokens, config),
+            self._open_verifier(audio, prompt, verifier_inputs, config),
+            config,
+            row=row,
+            eos_token_ids=self.eos_token_ids,
+            max_new_tokens=max_new_tokens,
+            decode=self._decode_text,
+            started=started,
+        )
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -252,7 +249,12 @@ class Decoder:
         return (self.draft or self.verifier).decode(tokens)  # type: ignore[union-attr]
 
     def _open_drafter(
-        self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None, max_new_tokens: int
+        self,
+        audio: Any,
+        prompt: str | None,
+        inputs: Mapping[str, Tensor] | None,
+        max_new_tokens: int,
+        config: UGSDConfig,
     ) -> Drafter | DraftGraph | None:
         if self.draft is None:
             return None
@@ -265,7 +267,7 @@ class Decoder:
             return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
         return Drafter(
             self.draft.open(prepared),
-            self.config,
+            config,
             eos_token_ids=self.eos_token_ids,
             vocab_size=self.draft.vocab_size,
             device=self.draft.device,
@@ -282,7 +284,7 @@ class Decoder:
         return DraftGraph(self.draft, self.config, eos_token_ids=self.eos_token_ids, capacity=capacity)
 
     def _open_verifier(
-        self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None
+        self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None, config: UGSDConfig
     ) -> VerifierSession | None:
         if self.verifier is None:
             return None
@@ -291,4 +293,16 @@ class Decoder:
                 "Decoder: verifier_inputs is None, expected prepared inputs for the verifier beside inputs "
                 "(the two models never share inputs: each has its own processor and prompt)"
             )
-        return self.verifier.open(self.config, audio=audio, prompt=prompt, inputs=inputs)
+        return self.verifier.open(config, audio=audio, prompt=prompt, inputs=inputs)
+
+
+def _column(name: str, value: Any, count: int | None) -> list[Any]:
+    """One value for each of `count` requests; None stands for one request, not in a list."""
+    if isinstance(value, list):
+        if len(value) != count:
+            expected = "one input's" if count is None else f"{count} (one for each input)"
+            raise ValueError(f"Decoder: {name} is a list of {len(value)}, expected {expected}")
+        return value
+    if count is not None and value is not None and name != "prompt":
+        raise ValueError(f"Decoder: {name} is a {type(value).__name__}, expected a list of {count} like the others")
+    return [value] * (1 if count is None else count)

@@ -68,7 +68,7 @@ class DraftGraph:
     """
 
     def __init__(self, model: AudioLM, config: UGSDConfig, *, eos_token_ids: frozenset[int], capacity: int):
-        device, width = model.device, config.block_size
+        device, width = model.device, config.longest_block
         self.capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         self._config = config
         self._last_token = model.vocab_size - 1
@@ -101,7 +101,7 @@ class DraftGraph:
 
     @torch.inference_mode()
     def draft(self, length: int) -> DraftBlock:
-        """Draft `length` tokens, at most ``config.block_size``, in as many forward passes."""
+        """Draft `length` tokens, at most ``config.longest_block``, in as many forward passes."""
         self._slot.zero_()
         if not self._feeds:
             self._take(self._sequence.prefill(self._inputs)[:, 0])
@@ -118,7 +118,7 @@ class DraftGraph:
         record = self._gates[length]()
         assert record is not None
         logits = None if self._logits is None else self._logits[:, :length].clone()
-        return block_of(record, self._tokens[:, :length].clone(), logits)
+        return block_of(record[0].tolist(), self._tokens[:, :length].clone(), logits)
 
     @torch.inference_mode()
     def commit(self, num_accepted: int, next_token: int) -> None:
@@ -148,6 +148,6 @@ class DraftGraph:
         if self._config.rule in RULES_WITH_DRAFT_LOGITS:
             filtered = filter_logits(z, self._config)
             if self._logits is None:
-                self._logits = filtered.new_zeros(1, self._config.block_size, filtered.shape[-1])
+                self._logits = filtered.new_zeros(1, self._config.longest_block, filtered.shape[-1])
             self._logits.index_copy_(1, self._slot, filtered[:, None])
         self._slot.add_(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.errors import ModelError
+from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
 
 # Rules whose acceptance needs the distribution that the draft was sampled from.
@@ -55,7 +57,7 @@ class Drafter:
     """Drafts the continuation of one request.
 
     The steps of a block follow each other without a look at their results: tokens, entropies and the gate's decision
-    come to the host together, in one read a block.
+    come to the host together, in one read a block (``adaptive="entropy"`` looks at each token's entropy, too).
 
     Parameters
     ----------
@@ -78,59 +80,91 @@ class Drafter:
         vocab_size: int,
         device: torch.device,
     ):
-        self._sequence = sequence
-        self._config = config
+        self.sequence = sequence
+        self.config = config
+        self.eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
+        self.pending = torch.zeros(1, 0, dtype=torch.long, device=device)  # final, but not in the cache yet
+        self.drafted = 0  # length of the block in flight; all but its last token are in the cache
+        self.draws = 0
         self._device = device
         self._last_token = vocab_size - 1
-        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
-        self._pending = torch.zeros(1, 0, dtype=torch.long, device=device)  # final, but not in the cache yet
-        self._drafted = 0  # length of the block in flight; all but its last token are in the cache
-        self._draws = 0
 
     @property
     def forwards(self) -> int:
         """Forward passes so far."""
-        return self._sequence.forwards
+        return self.sequence.forwards
 
-    @torch.inference_mode()
     def draft(self, length: int) -> DraftBlock:
-        """Draft `length` tokens in as many forward passes.
-
-        Parameters
-        ----------
-        length : int
-            K, at least 1.
-        """
-        config = self._config
-        tokens, entropies, logits = [], [], []
-        for _ in range(length):
-            z = self._sequence.forward(self._pending, keep=1)[:, 0]  # [1, V]
-            token, entropy = draw(z, config, self._draws)
-            self._draws += 1
-            self._pending = token[:, None].clamp(min=0)  # a row with nothing finite draws -1
-            tokens.append(token)
-            entropies.append(entropy)
-            if config.rule in RULES_WITH_DRAFT_LOGITS:
-                logits.append(filter_logits(z, config))
-        self._drafted = length
-        drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)
-        record = gate(drafted, entropy, config, self._eos)
-        return block_of(record, drafted, torch.stack(logits, 1) if logits else None)
+        """Draft `length` tokens, K, in as many forward passes; ``adaptive="entropy"`` may stop before."""
+        return draft_blocks([self], [length])[0]
 
     def commit(self, num_accepted: int, next_token: int) -> None:
         """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none)."""
-        cached = self._drafted - 1
+        cached = self.drafted - 1
         if num_accepted < cached:
-            self._sequence.rollback(cached - num_accepted)
-        kept = self._pending[:, : num_accepted - cached] if num_accepted > cached else self._pending[:, :0]
+            self.sequence.rollback(cached - num_accepted)
+        kept = self.pending[:, : num_accepted - cached] if num_accepted > cached else self.pending[:, :0]
         if next_token >= 0:
             fed = torch.full((1, 1), min(next_token, self._last_token), dtype=torch.long, device=self._device)
             kept = torch.cat([kept, fed], dim=1)
-        self._pending = kept
+        self.pending = kept
+
+
+@torch.inference_mode()
+def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock]:
+    """Draft a block for each of several requests, step by step together: one forward pass a step for all of them.
+
+    Parameters
+    ----------
+    drafters : sequence of Drafter
+        Of one edge model and one config, but for the seed.
+    lengths : sequence of int
+        Tokens to draft for each, at least 1. A request whose block is complete leaves the later steps.
+    """
+    config, device = drafters[0].config, drafters[0].pending.device
+    stop = config.entropy_threshold if config.adaptive == "entropy" else None
+    rows, width = len(drafters), max(lengths)
+    lengths = list(lengths)
+    offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
+    tokens, entropies = [], []
+    logits: list[list[Tensor]] = [[] for _ in drafters]
+    active = list(range(rows))
+    for step in range(width):
+        at = [drafters[row] for row in active]
+        z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
+        token, entropy = draw(z, config, offset + step)
+        fed = token.clamp(min=0)  # a row with nothing finite draws -1
+        for index, one in enumerate(at):
+            one.pending = fed[index : index + 1, None]
+        if config.rule in RULES_WITH_DRAFT_LOGITS:
+            for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
+                logits[row].append(filtered)
+        if len(active) < rows:
+            where = torch.tensor(active, device=device)
+            token = token.new_zeros(rows).index_copy_(0, where, token)
+            entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
+        tokens.append(token)
+        entropies.append(entropy)
+        if stop is not None and step + 1 >= config.min_block:
+            over = entropy.tolist()
+            lengths = [min(n, step + 1) if over[row] > stop else n for row, n in enumerate(lengths)]
+        active = [row for row in active if lengths[row] > step + 1]
+        if not active:
+            break
+    for drafter, length in zip(drafters, lengths, strict=True):
+        drafter.drafted = length
+        drafter.draws = offset + len(tokens)
+    drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)  # [rows, K]
+    ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
+    records = gate(drafted, entropy, config, drafters[0].eos, ends).tolist()
+    return [
+        block_of(record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
+        for row, (record, length) in enumerate(zip(records, lengths, strict=True))
+    ]
 
 
 def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:
-    """One token [1] of the logits `z` [1, V], and their entropy [1]; `offset` counts the draws."""
+    """One token of each row of the logits `z` [B, V], and its entropy [B]; `offset` counts the draws."""
     if not config.temperature:
         stats = ops.token_stats(z)
         return stats.argmax, stats.entropy
@@ -146,29 +180,36 @@ def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, T
     return drawn.tokens, drawn.stats.entropy
 
 
-def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor) -> Tensor:
-    """What the host has to know of a drafted block [1, K], in one tensor: the argument of `block_of`."""
-    is_end = (tokens[..., None] == eos).any(-1)  # [1, K]
-    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """What the host has to know of drafted blocks [B, K], a row each: what `block_of` reads.
+
+    A block ends behind its end-of-sequence token, behind `lengths` [B] tokens where they are given, and under
+    ``adaptive="entropy"`` behind its first uncertain token.
+    """
+    ends = (tokens[..., None] == eos).any(-1)  # [B, K]
+    if config.adaptive == "entropy":
+        ends[:, config.min_block - 1 :] |= entropy[:, config.min_block - 1 :] > config.entropy_threshold
+    cut = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
+    lengths = cut if lengths is None else torch.minimum(cut, lengths)
     uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=config.entropy_threshold, reduce=config.gate)
     # float64 holds token ids exactly.
     scalars = torch.stack([lengths.double(), uncertainty.double(), escalate.double()], 1)
     return torch.cat([scalars, tokens.double(), entropy.double()], 1)
 
 
-def block_of(record: Tensor, tokens: Tensor, logits: Tensor | None) -> DraftBlock:
-    """The block that `gate` recorded: the one copy to the host that a block takes."""
-    host = record[0].tolist()
-    length, width = int(host[0]), tokens.shape[1]
-    if min(host[3 : 3 + length]) < 0:
+def block_of(record: Sequence[float], tokens: Tensor, logits: Tensor | None) -> DraftBlock:
+    """The block of one row that `gate` recorded; the record came to the host in the one copy that a block takes."""
+    length, width = int(record[0]), (len(record) - 3) // 2
+    ids = record[3 : 3 + length]
+    if min(ids) < 0:
         raise ModelError("Drafter: the model's logits have no finite value, expected a next token")
     return DraftBlock(
         tokens=tokens[:, :length],
         logits=None if logits is None else logits[:, :length],
-        token_ids=tuple(int(token) for token in host[3 : 3 + length]),
-        entropy=tuple(host[3 + width : 3 + width + length]),
-        uncertainty=host[1],
-        escalate=bool(host[2]),
+        token_ids=tuple(int(token) for token in ids),
+        entropy=tuple(record[3 + width : 3 + width + length]),
+        uncertainty=record[1],
+        escalate=bool(record[2]),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class EncoderDecoderSequence(CachedSequence):
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
-        self._model = model
+        self.model = model
         self._audio = dict(inputs)
         self._audio_mask = self._audio.get("attention_mask")
         start = self._audio.pop("decoder_input_ids", None)
@@ -43,8 +43,9 @@ class EncoderDecoderSequence(CachedSequence):
             start = torch.full((rows, 1), _start_token(model), dtype=torch.long, device=model.device)
         self._start = start
         self._heard: Any = None
-        self._cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
+        self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
+        self._toggles_adapter = self._hears = False
         self.length = 0
         self.forwards = 0
 
@@ -54,31 +55,47 @@ class EncoderDecoderSequence(CachedSequence):
         first = self.length == 0
         keep = tokens.shape[1] + first if keep is None else keep
         ids = torch.cat([self._start, tokens], dim=1) if first else tokens
-        limit = getattr(self._model.config, "max_target_positions", None)
-        if limit is not None and self.length + ids.shape[1] > limit:
-            raise ModelError(
-                f"{type(self._model).__name__}: the decoder would hold {self.length + ids.shape[1]} tokens, "
-                f"expected at most {limit}"
-            )
+        self.check_room(ids.shape[1])
         if self._heard is None:
-            self._heard = self._model.get_encoder()(**self._audio)
+            self._heard = self.model.get_encoder()(**self._audio)
             self._audio.clear()
         positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
-        with last_logits(self._model, keep if first else 0) as extra:
-            logits = self._model(
-                encoder_outputs=self._heard,
-                attention_mask=self._audio_mask,
-                decoder_input_ids=ids,
-                decoder_position_ids=positions.expand(ids.shape[0], -1),
-                past_key_values=self._cache,
+        with last_logits(self.model, keep if first else 0) as extra:
+            logits = self.model(
+                **self.step_kwargs(ids, positions.expand(ids.shape[0], -1), None),
+                past_key_values=self.cache,
                 use_cache=True,
                 **extra,
             ).logits
         if first:
-            enable_rollback(self._cache)
-        self.length += ids.shape[1]
-        self.forwards += 1
+            enable_rollback(self.cache)
+        self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
+
+    @property
+    def pack_key(self) -> Hashable:
+        """As `CachedSequence.pack_key`; padded audio is masked for its own request only."""
+        padded = self._audio_mask is not None and not bool(self._audio_mask.all())
+        return None if padded else super().pack_key
+
+    def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """Arguments of the model's forward that append tokens to what the decoder has written."""
+        return {
+            "encoder_outputs": self._heard,
+            "attention_mask": self._audio_mask,
+            "decoder_input_ids": tokens,
+            "decoder_attention_mask": mask,
+            "decoder_position_ids": positions,
+        }
+
+    def check_room(self, count: int) -> None:
+        """Raise unless `count` more tokens can follow; see `CachedSequence.check_room`."""
+        limit = getattr(self.model.config, "max_target_positions", None)
+        if limit is not None and self.length + count > limit:
+            raise ModelError(
+                f"{type(self.model).__name__}: the decoder would hold {self.length + count} tokens, "
+                f"expected at most {limit}"
+            )
 
 
 def _start_token(model: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ugsd_fast.cache import enable_rollback, new_cache, rollback
+from ugsd_fast.cache import GrowingCache, enable_rollback, new_cache, rollback
+from ugsd_fast.cache.attention import attention_of
+from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.families import Family
+
+# Attention implementations that `forward_packed` can take apart, and the mask that each takes.
+PACKABLE_ATTENTION = {"sdpa": "bool", "eager": "float", "flash_attention_2": None, "flash_attention_3": None}
 
 
 class CachedSequence:
@@ -32,6 +37,10 @@ class CachedSequence:
 
     Attributes
     ----------
+    model : transformers.PreTrainedModel
+        The model.
+    cache : transformers.Cache
+        Its keys and values of this request.
     length : int
         Tokens in the cache, prompt included.
     forwards : int
@@ -44,14 +53,14 @@ class CachedSequence:
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], family: Family | None = None):
-        self._model = model
+        self.model = model
         self._prompt = dict(inputs)
         self._hears = family is not None and family.audio in inputs
         self._first_kwargs = family.forward_kwargs if family is not None and self._hears else {}
         self._audio_token = family.audio_token_id(model.config) if family is not None and self._hears else None
         self._toggles_adapter = family is not None and family.toggles_adapter
         self._rope_switch = family.rope_switch(model.config) if family is not None else None
-        self._cache: Cache = new_cache(model.config)
+        self.cache: Cache = new_cache(model.config)
         mask = self._prompt.pop("attention_mask", None)
         # [B, T] where rows are padded; without padding no step needs a mask.
         self._mask: Tensor | None = None if mask is None or bool(mask.all()) else mask.long()
@@ -87,40 +96,68 @@ class CachedSequence:
             ids = torch.cat([audio.pop("input_ids"), tokens], dim=1)
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
-        self._check_rope(ids.shape[1])
-        if self._toggles_adapter and getattr(self._model, "_hf_peft_config_loaded", False):
-            (self._model.enable_adapters if self._hears else self._model.disable_adapters)()
-        with last_logits(self._model, keep if first else 0) as extra:
-            logits = self._model(
+        self.check_room(ids.shape[1])
+        self._toggle_adapter()
+        with last_logits(self.model, keep if first else 0) as extra:
+            logits = self.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids) if first and self._mask is None else self._mask,
                 position_ids=self._position_ids(ids),
-                past_key_values=self._cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 **audio,
                 **extra,
             ).logits
         if first:
             self._prompt.clear()
-            enable_rollback(self._cache)
-        self.length += ids.shape[1]
-        self.forwards += 1
+            enable_rollback(self.cache)
+        self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
     def rollback(self, rejected: int) -> None:
         """Forget the newest `rejected` tokens, in place."""
-        rollback(self._cache, rejected)
+        rollback(self.cache, rejected)
         self.length -= rejected
         if self._mask is not None:
             self._mask = self._mask[:, : self.length]
 
-    def _check_rope(self, appended: int) -> None:
+    @property
+    def pack_key(self) -> Hashable:
+        """Sequences with equal keys can share a forward (`forward_packed`); None where this one takes its own."""
+        if not self.length or self._mask is not None or not isinstance(self_attention(self.cache), GrowingCache):
+            return None
+        if attention_of(self.model.config) not in PACKABLE_ATTENTION:
+            return None
+        return id(self.model), self._toggles_adapter and self._hears
+
+    def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Arguments of the model's forward that append tokens behind the prompt."""
+        self._toggle_adapter()
+        return {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+
+    def check_room(self, count: int) -> None:
+        """Raise unless `count` more tokens can follow.
+
+        Raises
+        ------
+        ModelError
+            If the model's positions end before, or its rotary frequencies change.
+        """
         switch = self._rope_switch
-        if switch is not None and 0 < self.length <= switch < self.length + appended:
+        if switch is not None and 0 < self.length <= switch < self.length + count:
             raise ModelError(
-                f"{type(self._model).__name__}: the sequence grows from {self.length} to {self.length + appended} "
+                f"{type(self.model).__name__}: the sequence grows from {self.length} to {self.length + count} "
                 f"tokens, expected at most {switch} (beyond, the rotary frequencies of cached tokens change)"
             )
+
+    def appended(self, count: int) -> None:
+        """Count one forward pass over `count` tokens."""
+        self.length += count
+        self.forwards += 1
+
+    def _toggle_adapter(self) -> None:
+        if self._toggles_adapter and getattr(self.model, "_hf_peft_config_loaded", False):
+            (self.model.enable_adapters if self._hears else self.model.disable_adapters)()
 
     def _position_ids(self, ids: Tensor) -> Tensor:
         if self._mask is not None:
@@ -130,21 +167,22 @@ class CachedSequence:
 
 
 @contextmanager
-def last_logits(model: Any, keep: int) -> Iterator[dict[str, int]]:
-    """Have the next forward compute the logits of the last `keep` positions only (0 = all).
+def last_logits(model: Any, keep: int | Tensor) -> Iterator[dict[str, int | Tensor]]:
+    """Have the next forward compute the logits of the last `keep` positions only (0 = all), or of those in a tensor.
 
     A prompt of a thousand positions times 152064 columns is 600 MB of logits that nobody reads. Families whose forward
     has ``logits_to_keep`` are asked; for the others, the input of the LM head is cut.
     """
-    if not keep:
+    if isinstance(keep, int) and not keep:
         yield {}
     elif "logits_to_keep" in inspect.signature(model.forward).parameters:
         yield {"logits_to_keep": keep}
     else:
         thread = threading.get_ident()
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
 
         def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (args[0][:, -keep:],) if threading.get_ident() == thread else None
+            return (args[0][:, kept],) if threading.get_ident() == thread else None
 
         hook = model.get_output_embeddings().register_forward_pre_hook(cut)
         try:

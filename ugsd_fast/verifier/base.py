@@ -32,8 +32,12 @@ class Verdict:
 class VerifierSession(Protocol):
     """One request at a verifier, which keeps its own prompt, audio and cache."""
 
-    forwards: int
     traffic: Traffic
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes so far."""
+        ...
 
     def verify(self, committed: Sequence[int], block: DraftBlock, *, bonus: bool) -> Verdict:
         """Judge a block in one forward pass, over everything not seen before and the block.
@@ -61,7 +65,10 @@ class VerifierSession(Protocol):
 
 
 class Verifier(Protocol):
-    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network."""
+    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network.
+
+    One that can judge blocks of several sessions at once has a ``verify_batch``, too: see `LocalVerifier.verify_batch`.
+    """
 
     eos_token_ids: frozenset[int]
     max_audio_seconds: float | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, filter_logits
 from ugsd_fast.decoding.trace import Traffic
+from ugsd_fast.decoding.verification import VerifyCall
+from ugsd_fast.errors import VerifierUnavailable
 from ugsd_fast.models import AudioLM
+from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
 from ugsd_fast.verifier.base import Verdict
 
@@ -56,9 +59,50 @@ class LocalVerifier:
 
         return LocalSession(self.model, prepare, config)
 
+    @torch.inference_mode()
+    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
+        """Judge blocks of several sessions of this verifier in one forward pass.
+
+        Parameters
+        ----------
+        calls : sequence of VerifyCall
+            ``(session, committed, block, bonus)`` as `VerifierSession.verify` takes them; a session at most once.
+
+        Returns
+        -------
+        list of Verdict
+            In the order of the calls. Sessions at their first block are prefilled one by one, all others share the
+            forward, and the verdicts come to the host in one copy.
+        """
+        sessions: list[LocalSession] = [call.session for call in calls]
+        feeds = [session.feed(call.committed, call.block) for session, call in zip(sessions, calls, strict=True)]
+        asked = [index for index, feed in enumerate(feeds) if feed.keep]
+        sequences = [sessions[index].sequence for index in asked]
+        keep = [feeds[index].keep for index in asked]
+        logits: dict[int, Tensor] = {}
+        if asked:
+            rows = forward_packed(sequences, [feeds[index].tokens for index in asked], keep)
+            logits = dict(zip(asked, rows[None].split(keep, 1), strict=True))
+        accepted = [
+            session.accept(call.block, feed, logits.get(index), bonus=call.bonus)
+            for index, (session, call, feed) in enumerate(zip(sessions, calls, feeds, strict=True))
+        ]
+        host = torch.cat([torch.cat([one.num_accepted, one.next_token]) for one in accepted]).tolist()
+        verdicts = [Verdict(int(n), int(token)) for n, token in zip(host[::2], host[1::2], strict=True)]
+        for session, call, verdict in zip(sessions, calls, verdicts, strict=True):
+            session.settle(call.block, verdict)
+        return list(verdicts)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         return self.model.decode(tokens)
+
+
+class Feed(NamedTuple):
+    """What a session's forward appends, and the positions [keep] whose logits it wants (0: none, they are known)."""
+
+    tokens: Tensor
+    keep: int
 
 
 class LocalSession:
@@ -78,48 +122,53 @@ class LocalSession:
         self._vocab_size = model.vocab_size
         self._pending: list[int] = []  # final, but not in the cache yet
         self._next_logits: Tensor | None = None  # [1, 1, V], while the cache is ahead of every final token's successor
+        self._last_logits: Tensor | None = None  # [1, 1, V], behind the block in flight
         self._verifications = 0
-        self.forwards = 0
 
-    @torch.inference_mode()
-    def verify(self, committed: Sequence[int], block: DraftBlock, *, bonus: bool) -> Verdict:
-        """Judge a block in one forward pass; see `VerifierSession.verify`."""
-        pending = [*self._pending, *committed]
-        draft_tokens = block.tokens.to(self._device)
-        target = self._target_logits(pending, draft_tokens)
-        accepted = self._accept(draft_tokens, target, block, bonus=bonus)
-        num_accepted, next_token = (int(x) for x in torch.cat([accepted.num_accepted, accepted.next_token]).tolist())
-        assert self._sequence is not None
-        self._sequence.rollback(len(block) - num_accepted)
-        self._pending = [next_token] if next_token >= 0 else []
-        self._next_logits = None if next_token >= 0 else target[:, -1:]
-        return Verdict(num_accepted, next_token)
+    @property
+    def forwards(self) -> int:
+        """Forward passes so far."""
+        return self._sequence.forwards if self._sequence is not None else 0
 
-    def close(self) -> None:
-        """Free the cache."""
-        self._prepare = self._sequence = None
-        self._next_logits = None
-
-    def _target_logits(self, pending: list[int], draft_tokens: Tensor) -> Tensor:
-        """Logits [1, K + 1, V] of the block's K positions and the one behind it."""
+    @property
+    def sequence(self) -> CachedSequence:
+        """The request's cache; prompt and audio are prepared when it is first asked for."""
         if self._prepare is None:
             raise RuntimeError("verify: the session is closed, expected an open one")
         if self._sequence is None:
             self._sequence = self._model.open(self._prepare())
-        known = self._next_logits if not pending else None
-        fed = draft_tokens
-        if pending:
-            fed = torch.cat([torch.tensor([pending], dtype=torch.long, device=self._device), draft_tokens], dim=1)
-        if known is not None and not fed.shape[1]:
-            return known
-        # Ids beyond the vocabulary cannot be embedded; `accept_block` rejects them, and the rollback forgets them.
-        logits = self._sequence.forward(
-            fed.clamp(max=self._vocab_size - 1), keep=draft_tokens.shape[1] + (known is None)
-        )
-        self.forwards = self._sequence.forwards
-        return logits if known is None else torch.cat([known, logits], dim=1)
+        return self._sequence
 
-    def _accept(self, draft_tokens: Tensor, target: Tensor, block: DraftBlock, *, bonus: bool) -> ops.Acceptance:
+    @torch.inference_mode()
+    def verify(self, committed: Sequence[int], block: DraftBlock, *, bonus: bool) -> Verdict:
+        """Judge a block in one forward pass; see `VerifierSession.verify`."""
+        feed = self.feed(committed, block)
+        logits = self.sequence.forward(feed.tokens, keep=feed.keep) if feed.keep else None
+        accepted = self.accept(block, feed, logits, bonus=bonus)
+        verdict = Verdict(*torch.cat([accepted.num_accepted, accepted.next_token]).tolist())
+        self.settle(block, verdict)
+        return verdict
+
+    def close(self) -> None:
+        """Free the cache."""
+        self._prepare = self._sequence = None
+        self._next_logits = self._last_logits = None
+
+    def feed(self, committed: Sequence[int], block: DraftBlock) -> Feed:
+        """What the next forward has to append to judge a block."""
+        pending = [*self._pending, *committed]
+        fed = block.tokens.to(self._device)
+        if pending:
+            fed = torch.cat([torch.tensor([pending], dtype=torch.long, device=self._device), fed], dim=1)
+        known = self._next_logits is not None and not pending
+        # Ids beyond the vocabulary cannot be embedded; `accept_block` rejects them, and the rollback forgets them.
+        return Feed(fed.clamp(max=self._vocab_size - 1), len(block) + (not known))
+
+    def accept(self, block: DraftBlock, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
+        """Apply the rule to a block, given the forward's logits [1, keep, V]; nothing is read by the host."""
+        known = self._next_logits if feed.keep == len(block) else None
+        target = torch.cat([part for part in (known, logits) if part is not None], 1)  # [1, K + 1, V]
+        self._last_logits = target[:, -1:]
         config = self._config
         sampled = config.temperature > 0
         # Without a draft every rule comes down to the verifier's own next token.
@@ -134,7 +183,7 @@ class LocalSession:
                 draft_logits, draft_logsumexp = _in_vocabulary(block.logits.to(target), self._vocab_size)
         self._verifications += 1
         return ops.accept_block(
-            draft_tokens,
+            block.tokens.to(self._device),
             target,
             draft_logits,
             rule=rule,
@@ -148,6 +197,13 @@ class LocalSession:
             seed=config.seed,
             offset=self._verifications - 1,
         )
+
+    def settle(self, block: DraftBlock, verdict: Verdict) -> None:
+        """Take the rejected tokens back, and note what is still to be fed."""
+        self.sequence.rollback(len(block) - verdict.num_accepted)
+        self._pending = [verdict.next_token] if verdict.next_token >= 0 else []
+        self._next_logits = None if verdict.next_token >= 0 else self._last_logits
+        self._last_logits = None
 
 
 def _in_vocabulary(draft_logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,121 @@
+"""One forward over several requests' new tokens equals a forward of each, for every family, mask and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.models.tiny import FAMILIES, build
+from ugsd_fast import AudioLM
+from ugsd_fast.models.packed import forward_packed
+from ugsd_fast.models.sequence import CachedSequence
+
+ROUNDS = 8
+
+
+def text_model(attention: str = "sdpa", **settings: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "initializer_range": 0.3}
+    config = Qwen2Config(**sizes, **heads, **settings)
+    config._attn_implementation = attention
+    return Qwen2ForCausalLM(config).eval()
+
+
+def check_equal(model: Any, opened: Callable[[int], CachedSequence], rows: int = 3, seed: int = 0) -> None:
+    """Ragged appends and rollbacks, packed and each alone; in one forward of the model once all have begun."""
+    generator = torch.Generator().manual_seed(seed)
+    packed, alone = [[opened(row) for row in range(rows)] for _ in range(2)]
+    calls = [0]
+    for turn in range(ROUNDS):
+        counts = torch.randint(0 if turn == 0 else 1, 6, (rows,), generator=generator).tolist()
+        tokens = [torch.randint(3, 60, (1, count), generator=generator) for count in counts]
+        keep = [count + 1 if turn == 0 else int(torch.randint(1, count + 1, (), generator=generator)) for count in counts]
+        calls[0] = 0
+        hook = model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        got = forward_packed(packed, tokens, keep)
+        hook.remove()
+        assert calls[0] == (rows if turn == 0 else 1)
+        want = [one.forward(new, keep=k)[0] for one, new, k in zip(alone, tokens, keep, strict=True)]
+        torch.testing.assert_close(got, torch.cat(want), rtol=0, atol=1e-5 * float(torch.cat(want).abs().max()))
+        for row, count in enumerate(counts):
+            rejected = int(torch.randint(0, count + 1, (), generator=generator))
+            packed[row].rollback(rejected)
+            alone[row].rollback(rejected)
+    assert [one.length for one in packed] == [one.length for one in alone]
+    assert [one.forwards for one in packed] == [ROUNDS] * rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_forward_equals_one_of_each(family: str) -> None:
+    tiny = build(family)
+    audio_lm = AudioLM(tiny.model)
+
+    def opened(clip: int) -> CachedSequence:
+        inputs = tiny.inputs(clip)
+        if family == "moonshine":
+            inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # padded clips take their own
+        return audio_lm.open(inputs)
+
+    check_equal(tiny.model, opened)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 4], ids=["full", "window 4"])
+def test_both_attentions_with_and_without_a_window(attention: str, window: int | None) -> None:
+    settings = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
+    model = text_model(attention, **settings)
+    check_equal(model, lambda row: CachedSequence(model, {"input_ids": torch.arange(3, 6 + 4 * row)[None]}), rows=4)
+
+
+def test_flash_attention_is_asked_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention aligns its causal mask to the newest key by itself; here a stand-in does."""
+
+    def flash(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        assert attention_mask is None or attention_mask.dim() == 2
+        assert kwargs.get("position_ids") is None or kwargs["position_ids"].shape[0] == query.shape[0]
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask[None, None], **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    model = text_model()
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        check_equal(model, lambda row: CachedSequence(model, {"input_ids": torch.arange(3, 6 + row)[None]}))
+    finally:
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop("ugsd|flash_attention_2", None)
+
+
+def test_the_model_stays_itself_for_everybody_else() -> None:
+    model, untouched = text_model(), text_model()
+    two = [CachedSequence(model, {"input_ids": torch.arange(3, 6 + row)[None]}) for row in range(2)]
+    for _ in range(2):
+        forward_packed(two, [torch.tensor([[7]])] * 2, [1, 1])
+    prompt = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask = (prompt > 0).long()
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **settings), untouched.generate(prompt, **settings))
+    assert "_attn_implementation" not in model.config.to_json_string()
+
+
+def test_padded_prompts_take_a_forward_of_their_own() -> None:
+    model = text_model()
+    ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+
+    def opened() -> list[CachedSequence]:
+        return [
+            CachedSequence(model, {"input_ids": ids, "attention_mask": mask}),
+            CachedSequence(model, {"input_ids": ids[:, 2:]}),
+        ]
+
+    packed = opened()
+    new = [torch.tensor([[9, 4]])] * 2
+    for _ in range(2):
+        got = forward_packed(packed, new, [2, 2])
+    torch.testing.assert_close(got[:2], got[2:], rtol=0, atol=1e-5)
+    assert packed[0].pack_key is None

@@ -1,0 +1,14 @@
+"""Which attention implementation a model runs, and what kind of mask that takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Name under which `ugsd_fast.models.packed` puts itself before an implementation.
+PACKED_PREFIX = "ugsd|"
+
+
+def attention_of(config: Any) -> str:
+    """Name of the attention implementation that a model's text part computes with."""
+    name = config.get_text_config(decoder=True)._attn_implementation or "eager"
+    return name.removeprefix(PACKED_PREFIX)

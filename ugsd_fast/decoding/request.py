@@ -1,0 +1,141 @@
+"""One caption in progress: what is final, what the verifier has yet to hear of, and what the run leaves behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ugsd_fast.decoding.block_length import BlockLength, block_length
+from ugsd_fast.decoding.config import UGSDConfig
+from ugsd_fast.decoding.draft_graph import DraftGraph
+from ugsd_fast.decoding.drafter import DraftBlock, Drafter
+from ugsd_fast.decoding.text import IncrementalText
+from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
+from ugsd_fast.errors import ModelError
+
+if TYPE_CHECKING:
+    from ugsd_fast.verifier.base import Verdict, VerifierSession
+
+
+class Request:
+    """State of one request between its blocks; the models' states are in `drafter` and `session`.
+
+    Parameters
+    ----------
+    drafter : Drafter, DraftGraph or None
+        Drafts this request; None where the verifier decodes alone.
+    session : VerifierSession or None
+        Judges it; None where nobody does.
+    config : UGSDConfig
+        Gate, bonus and block length.
+    row : int
+        Index among the inputs of its call.
+    eos_token_ids : frozenset of int
+        Tokens that end the caption.
+    max_new_tokens : int
+        Most tokens that it may have.
+    decode : callable
+        Token ids -> text.
+    started : float
+        ``time.perf_counter()`` when the caller asked.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter | DraftGraph | None,
+        session: VerifierSession | None,
+        config: UGSDConfig,
+        *,
+        row: int = 0,
+        eos_token_ids: frozenset[int],
+        max_new_tokens: int,
+        decode: Callable[[Sequence[int]], str],
+        started: float,
+    ):
+        self.drafter = drafter
+        self.session = session
+        self.row = row
+        self.unseen: list[int] = []  # final tokens that the verifier does not know yet
+        self.tokens: list[int] = []
+        self.result: Result | None = None  # once the caption has ended
+        self._config = config
+        self._eos = eos_token_ids
+        self._max_new_tokens = max_new_tokens
+        self._started = started
+        self._first_token = 0.0
+        self._length: BlockLength = block_length(config)
+        self._trace = Trace()
+        self._text = IncrementalText(decode)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self._max_new_tokens - len(self.tokens)
+
+    def next_length(self) -> int:
+        """Tokens to draft next."""
+        return min(self._length.next(), self.room)
+
+    def escalates(self, block: DraftBlock) -> bool:
+        """Whether a block goes to the verifier."""
+        return self.session is not None and (self._config.always_escalate or block.escalate)
+
+    def wants_bonus(self, block: DraftBlock) -> bool:
+        """Whether a token of the verifier's is to follow a block that stands whole."""
+        if not len(block):
+            return True
+        ended = len(block) == self.room or block.token_ids[-1] in self._eos
+        return self._config.appends_bonus and not ended
+
+    def settle(
+        self, block: DraftBlock, verdict: Verdict | None, *, draft_seconds: float, verify_seconds: float
+    ) -> StreamEvent:
+        """Take a block's outcome: `verdict` of the verifier, None where it was not asked or did not answer."""
+        escalated = self.escalates(block)
+        num_accepted = verdict.num_accepted if verdict else len(block)
+        next_token = verdict.next_token if verdict else -1
+        emitted = block.token_ids[:num_accepted] + ((next_token,) if next_token >= 0 else ())
+        if not emitted:
+            raise ModelError("Decoder: the verifier's logits have no finite value, expected a next token")
+        record = BlockRecord(
+            start=len(self.tokens),
+            draft_tokens=block.token_ids,
+            entropy=block.entropy,
+            uncertainty=block.uncertainty,
+            escalated=escalated,
+            num_accepted=num_accepted,
+            emitted=emitted,
+            draft_seconds=draft_seconds,
+            verify_seconds=verify_seconds,
+            verified=not escalated or verdict is not None,
+        )
+        self._trace.blocks.append(record)
+        self._length.observe(record)
+        self.tokens.extend(emitted)
+        self.unseen = [] if verdict else [*self.unseen, *emitted]
+        latency = time.perf_counter() - self._started
+        self._first_token = self._first_token or latency
+        last = not self.room or emitted[-1] in self._eos
+        delta = self._text.extend(emitted, final=last)
+        if last:
+            self._finish(latency)
+        elif self.drafter is not None:
+            self.drafter.commit(num_accepted, next_token)
+        return StreamEvent(delta, tuple(record.tokens()), record, self.result)
+
+    def close(self) -> None:
+        """Free what the verifier keeps."""
+        if self.session is not None:
+            self.session.close()
+
+    def _finish(self, latency: float) -> None:
+        session, drafter = self.session, self.drafter
+        metrics = self._trace.metrics(
+            latency=latency,
+            time_to_first_token=self._first_token,
+            verifier_forwards=session.forwards if session else 0,
+            drafter_forwards=drafter.forwards if drafter else 0,
+            traffic=session.traffic if session else None,
+        )
+        self.result = Result(self._text.text, self.tokens, self._trace, metrics)

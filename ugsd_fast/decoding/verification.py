@@ -1,0 +1,37 @@
+"""Asking a verifier for verdicts, one or several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.errors import VerifierUnavailable
+
+if TYPE_CHECKING:
+    from ugsd_fast.verifier.base import Verdict
+
+
+class VerifyCall(NamedTuple):
+    """What `VerifierSession.verify` is asked: the session, and its arguments."""
+
+    session: Any
+    committed: Sequence[int]
+    block: DraftBlock
+    bonus: bool
+
+
+def verify_calls(verifier: Any, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
+    """Verdicts of several sessions of one verifier, in the order of the calls; one that cannot be had is an exception.
+
+    A verifier with a ``verify_batch`` is asked once.
+    """
+    if len(calls) > 1 and hasattr(verifier, "verify_batch"):
+        return verifier.verify_batch(calls)
+    verdicts: list[Verdict | VerifierUnavailable] = []
+    for session, committed, block, bonus in calls:
+        try:
+            verdicts.append(session.verify(committed, block, bonus=bonus))
+        except VerifierUnavailable as error:
+            verdicts.append(error)
+    return verdicts

@@ -1,0 +1,234 @@
+"""One forward pass over new tokens of many requests, each with a cache of its own.
+
+The new tokens of all requests lie behind each other in one row: every layer but attention sees one long sequence, and
+nothing is padded. Attention takes the row apart again: each request's queries meet the keys of its own cache, where
+they are. Requests of any length join and leave from one forward to the next, and none of their keys ever moves.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
+from ugsd_fast.cache.growing import self_attention
+from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
+
+_register_lock = threading.Lock()
+
+
+@torch.inference_mode()
+def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
+    """Append tokens to several sequences of one model, in as few forward passes as can be.
+
+    Parameters
+    ----------
+    sequences : sequence of CachedSequence
+        Of batch 1 each, and all of one model. Those that begin (their prompt has audio of its own), whose prompt is
+        padded, or whose attention implementation or cache is not one that can be taken apart get a forward each.
+    tokens : sequence of LongTensor[1, q]
+        What to append to each.
+    keep : sequence of int
+        Positions of each whose logits are returned, counted from its end.
+
+    Returns
+    -------
+    Tensor[sum(keep), V]
+        Logits, in the order of the sequences.
+
+    Examples
+    --------
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "pad_token_id": None}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(vocab_size=9, hidden_size=8, intermediate_size=8, **sizes)).eval()
+    >>> two = [CachedSequence(model, {"input_ids": torch.ones(1, n, dtype=torch.long)}) for n in (3, 5)]
+    >>> new = [torch.tensor([[4, 2]]), torch.tensor([[7]])]
+    >>> forward_packed(two, new, [1, 1]).shape  # the prompts come first
+    torch.Size([2, 9])
+    >>> forward_packed(two, new, [2, 1]).shape, [sequence.length for sequence in two]
+    (torch.Size([3, 9]), [7, 7])
+    """
+    if len(sequences) == 1:
+        return sequences[0].forward(tokens[0], keep=keep[0])[0]
+    groups: dict[Hashable, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(index if sequence.pack_key is None else sequence.pack_key, []).append(index)
+    rows: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for members in groups.values():
+        if len(members) == 1:
+            logits = sequences[members[0]].forward(tokens[members[0]], keep=keep[members[0]])[0]
+        else:
+            logits = _forward([sequences[i] for i in members], [tokens[i] for i in members], [keep[i] for i in members])
+            if len(members) == len(sequences):
+                return logits
+        for index, part in zip(members, logits.split([keep[i] for i in members]), strict=True):
+            rows[index] = part
+    return torch.cat(rows)
+
+
+def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
+    counts = [part.shape[1] for part in tokens]
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.check_room(count)
+    first = sequences[0]
+    model = first.model
+    attention = _intercept(model)
+    ids = torch.cat(list(tokens), 1)
+    spans = [range(s.length, s.length + count) for s, count in zip(sequences, counts, strict=True)]
+    positions = torch.tensor([[position for span in spans for position in span]], device=ids.device)
+    wanted: int | Tensor = 0
+    if sum(keep) < ids.shape[1]:
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        wanted = torch.tensor([j for end, k in zip(ends, keep, strict=True) for j in range(end - k, end)])
+        wanted = wanted.to(ids.device)
+    caches: list[Any] = [sequence.cache for sequence in sequences]
+    cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
+    if isinstance(caches[0], EncoderDecoderCache):
+        cache = _PackedEncoderDecoderCache(cache, caches, counts)
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
+    with last_logits(model, wanted) as extra:
+        logits = model(**first.step_kwargs(ids, positions, no_mask), past_key_values=cache, use_cache=True, **extra)
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.appended(count)
+    return logits.logits[0]
+
+
+class Ragged:
+    """Keys or values of several requests, which go through a model's attention module as if they were one tensor."""
+
+    def __init__(
+        self, parts: Sequence[Tensor], counts: Sequence[int], mask_of: Callable[[int, int], Tensor | None] | None
+    ):
+        self.parts = parts  # [1, H, T, D] each
+        self.counts = counts  # queries of each
+        self.mask_of = mask_of
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Ragged:
+        """Apply what a module does to keys on their way (padding a head) to each part."""
+        self = args[0]
+        return cls([func(part, *args[1:], **(kwargs or {})) for part in self.parts], self.counts, self.mask_of)
+
+
+class PackedCache(Cache):
+    """The caches of several requests as one: new keys go to the request that they belong to.
+
+    Parameters
+    ----------
+    caches : sequence of GrowingCache
+        Of batch 1 each.
+    counts : sequence of int
+        New tokens of each in the packed row.
+    mask : {"bool", "float", None}
+        What the attention implementation takes; None where it is causal by itself.
+    """
+
+    def __init__(self, caches: Sequence[Any], counts: Sequence[int], mask: str | None):
+        super().__init__(layers=caches[0].layers)
+        self._caches = caches
+        self._counts = list(counts)
+        self._mask = mask
+        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append the states [1, H, N, D] of a packed row and return all keys and values, each request's apart."""
+        keys, values = [], []
+        for cache, key, value in zip(
+            self._caches, key_states.split(self._counts, 2), value_states.split(self._counts, 2), strict=True
+        ):
+            own_keys, own_values = cache.update(key, value, layer_idx)
+            keys.append(own_keys)
+            values.append(own_values)
+        layer: Any = self.layers[layer_idx]
+        mask_of = partial(self._mask_of, layer.sliding_window if layer.is_sliding else None, key_states)
+        return Ragged(keys, self._counts, mask_of), Ragged(values, self._counts, None)
+
+    def _mask_of(self, window: int | None, like: Tensor, count: int, slots: int) -> Tensor | None:
+        """The mask [1, 1, q, T] of a request's `count` queries over `slots` keys, the newest being its own."""
+        shape = (count, slots, window)
+        if shape not in self._masks:
+            mask = None
+            if self._mask is not None and (count > 1 or (window is not None and slots > window)):
+                query = torch.arange(slots - count, slots, device=like.device)[:, None]
+                key = torch.arange(slots, device=like.device)
+                mask = key <= query if window is None else (key <= query) & (key > query - window)
+                if self._mask == "float":
+                    numbers = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+                    mask = numbers.masked_fill_(~mask, torch.finfo(like.dtype).min)
+                mask = mask[None, None]
+            self._masks[shape] = mask
+        return self._masks[shape]
+
+
+class _PackedEncoderDecoderCache(EncoderDecoderCache):
+    """Beside it, what each request has heard."""
+
+    def __init__(self, own: Cache, caches: Sequence[EncoderDecoderCache], counts: Sequence[int]):
+        heard: list[list[Any]] = [cache.cross_attention_cache.layers for cache in caches]
+        self.self_attention_cache: Any = own
+        self.cross_attention_cache: Any = _Heard(
+            [
+                _HeardLayer(
+                    Ragged([layer.keys for layer in layers], counts, None),
+                    Ragged([layer.values for layer in layers], counts, None),
+                )
+                for layers in zip(*heard, strict=True)
+            ]
+        )
+        self.is_updated = dict.fromkeys(range(len(heard[0])), True)
+
+
+class _HeardLayer:
+    def __init__(self, keys: Ragged, values: Ragged):
+        self.keys, self.values = keys, values
+
+
+class _Heard:
+    def __init__(self, layers: list[_HeardLayer]):
+        self.layers = layers
+
+
+def _intercept(model: Any) -> str:
+    """Have a model's attention ask `_attend`, once and for all, and return the implementation that does the work.
+
+    For tensors `_attend` is that implementation, so other forwards of the model, from any thread, are as before.
+    """
+    modules = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    name = attention_of(model.config)
+    with _register_lock:
+        if PACKED_PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
+            inner = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+            ALL_ATTENTION_FUNCTIONS.register(PACKED_PREFIX + name, partial(_attend, inner))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    for config in configs.values():
+        if config._attn_implementation == name:
+            config._attn_implementation_internal = PACKED_PREFIX + name
+    return name
+
+
+def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    """Attend as `inner` does (None: as the module's own eager function), each request of a packed row for itself."""
+    if inner is None:
+        inner = sys.modules[type(module).__module__].eager_attention_forward
+    if not isinstance(key, Ragged):
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("position_ids", None)
+    if key.mask_of is None:
+        kwargs["is_causal"] = False  # cross-attention
+    elif kwargs.get("is_causal") is not None:
+        kwargs["is_causal"] = None
+    outputs = [
+        inner(module, own, keys, values, key.mask_of and key.mask_of(count, keys.shape[2]), **kwargs)[0]
+        for own, keys, values, count in zip(query.split(key.counts, 2), key.parts, value.parts, key.counts, strict=True)
+    ]
+    return torch.cat(outputs, 1), None
