@@ -30,7 +30,10 @@ class Metrics:
         )
         self.forward_seconds = Histogram("ugsd_forward_seconds", "Forward passes", buckets=_SECONDS, registry=registry)
         self.batch_sessions = Histogram(
-            "ugsd_batch_sessions", "Sessions in a forward pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
+            "ugsd_batch_sessions",
+            "Sessions in a forward pass",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=registry,
         )
 
     def text(self) -> bytes:

@@ -60,7 +60,7 @@ class Quantized(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Open(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """Start a session. ``uplink`` names the one of ``matrix`` (embeddings, features) and ``flac`` (audio) that is there.
+    """Start a session. ``uplink`` says which of ``matrix`` (embeddings, features) and ``flac`` (audio) is there.
 
     ``samples`` is the length of the clip at the verifier's sampling rate.
     """

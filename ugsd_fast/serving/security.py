@@ -105,7 +105,9 @@ def check_binding(host: str, *, tls: TLS | None, tokens: Tokens) -> None:
     UnsafeServer
         Naming what is missing.
     """
-    missing = [name for name, there in (("TLS (--cert, --key)", tls), ("a token (--token-file)", len(tokens))) if not there]
+    missing = [
+        name for name, there in (("TLS (--cert, --key)", tls), ("a token (--token-file)", len(tokens))) if not there
+    ]
     if missing and not is_loopback(host):
         raise UnsafeServer(f"serve: {host} can be reached from other machines, expected {' and '.join(missing)}")
 

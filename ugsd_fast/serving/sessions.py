@@ -32,7 +32,13 @@ class Refusal(Exception):
     """A frame that is answered by an `Error`; `fatal` ends the connection."""
 
     def __init__(
-        self, code: protocol.ErrorCode, message: str, *, expected: int = -1, retry_after: float = 0.0, fatal: bool = False
+        self,
+        code: protocol.ErrorCode,
+        message: str,
+        *,
+        expected: int = -1,
+        retry_after: float = 0.0,
+        fatal: bool = False,
     ):
         super().__init__(message)
         self.code = code
@@ -228,7 +234,9 @@ class Hub:
             raise Refusal("refused", message)
         longest = min(model.max_audio_seconds or limits.max_audio_seconds, limits.max_audio_seconds)
         if request.uplink != "none" and not 0 < request.samples <= longest * model.sampling_rate:
-            message = f"audio of {request.samples / model.sampling_rate:g} s, expected more than 0 and at most {longest:g}"
+            message = (
+                f"audio of {request.samples / model.sampling_rate:g} s, expected more than 0 and at most {longest:g}"
+            )
             raise Refusal("refused", message)
 
 
@@ -277,8 +285,7 @@ class Connection:
             await self._handle(frame, data)
         except Refusal as refusal:
             self._hub.metrics.errors.labels(refusal.code).inc()
-            error = Error(refusal.code, str(refusal), seq, refusal.expected, refusal.retry_after)
-            await self._send(protocol.encode(error))
+            await self._answer(refusal, seq)
             return not refusal.fatal
         return True
 
@@ -350,8 +357,7 @@ class Connection:
                 try:
                     judged = await self._judge(session, Call(session.tokens, [], True, frame.draw + index))
                 except Refusal as refusal:
-                    error = Error(refusal.code, str(refusal), frame.seq, refusal.expected, refusal.retry_after)
-                    await self._send(protocol.encode(error))
+                    await self._answer(refusal, frame.seq)
                     return
                 session.tokens = [*session.tokens, judged.next_token]
                 reply.complete = index + 1 >= frame.count or judged.next_token in frame.eos or judged.next_token < 0
@@ -377,7 +383,9 @@ class Connection:
         draft = frame.draft if isinstance(frame, Verify) else []
         new = len(draft) + (frame.count if isinstance(frame, Generate) else 1)
         if not 0 <= frame.base <= len(session.tokens):
-            raise Refusal("bad_frame", f"base is {frame.base}, expected 0 to {len(session.tokens)} (the tokens known here)")
+            raise Refusal(
+                "bad_frame", f"base is {frame.base}, expected 0 to {len(session.tokens)} (the tokens known here)"
+            )
         if len(draft) > limits.max_block:
             raise Refusal("refused", f"a block of {len(draft)} tokens, expected at most {limits.max_block}")
         if new < 1 or frame.base + len(frame.committed) + new > limits.max_tokens:
@@ -389,6 +397,10 @@ class Connection:
         if any(not 0 <= token < 2**31 for token in frame.committed) or any(abs(token) >= 2**31 for token in draft):
             raise Refusal("bad_frame", "a token id is outside of 31 bits")
         return _Reply(digest)
+
+    async def _answer(self, refusal: Refusal, seq: int) -> None:
+        error = Error(refusal.code, str(refusal), seq, refusal.expected, refusal.retry_after)
+        await self._send(protocol.encode(error))
 
     async def _stop_generating(self) -> None:
         task, self._generation = self._generation, None
