@@ -102,8 +102,8 @@ class Server:
             thread.join(10)
 
     def stop(self) -> None:
-        """End the server; its connections are cut."""
-        self._uvicorn.should_exit = self._uvicorn.force_exit = True
+        """End the server; its connections are closed."""
+        self._uvicorn.should_exit = True
 
 
 def serve_model(
