@@ -447,9 +447,9 @@ class TestSecurity:
         with (
             fake_server(tls=TLS(chain, key), tokens=Tokens({"me": TOKEN})).running() as server,
             RemoteVerifier(server.url, token=TOKEN, tls=trusting(authority)) as verifier,
+            pytest.raises(VerifierRefused, match="certificate has expired"),
         ):
-            with pytest.raises(VerifierRefused, match="certificate has expired"):
-                caption(verifier)
+            caption(verifier)
 
     def test_clients_without_a_valid_certificate(self, authority: trustme.CA, tmp_path: Path) -> None:
         (tmp_path / "server").mkdir()
@@ -480,66 +480,70 @@ class TestSecurity:
                 assert caption(unharmed) == greedy("p", 9)
 
     def test_an_oversized_frame_is_refused_by_its_header(self) -> None:
-        with fake_server(limits=Limits(max_open_bytes=1 << 20)).running() as server:
-            with RemoteVerifier(server.url) as verifier:
-                session = verifier.open(UGSDConfig(rule="greedy", always_escalate=True), prompt="p")
-                right = greedy("p", 9)
-                assert session.verify([], block(right[:2]), bonus=True).next_token == right[2]
-                with socket.create_connection(("127.0.0.1", server.port)) as raw:
-                    raw.settimeout(5)
-                    raw.sendall(
-                        b"GET /v1/session HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-                        b"Sec-WebSocket-Protocol: ugsd.v1\r\n\r\n"
-                    )
-                    raw.recv(65536)
-                    raw.sendall(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + b"\0\0\0\0")  # a message of a terabyte
-                    received = b""
-                    while chunk := raw.recv(65536):
-                        received += chunk
-                    assert (1009).to_bytes(2, "big") in received
-                assert session.verify([], block(right[3:5]), bonus=True).next_token == right[5]
+        with (
+            fake_server(limits=Limits(max_open_bytes=1 << 20)).running() as server,
+            RemoteVerifier(server.url) as verifier,
+        ):
+            session = verifier.open(UGSDConfig(rule="greedy", always_escalate=True), prompt="p")
+            right = greedy("p", 9)
+            assert session.verify([], block(right[:2]), bonus=True).next_token == right[2]
+            with socket.create_connection(("127.0.0.1", server.port)) as raw:
+                raw.settimeout(5)
+                raw.sendall(
+                    b"GET /v1/session HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+                    b"Sec-WebSocket-Protocol: ugsd.v1\r\n\r\n"
+                )
+                raw.recv(65536)
+                raw.sendall(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + b"\0\0\0\0")  # a message of a terabyte
+                received = b""
+                while chunk := raw.recv(65536):
+                    received += chunk
+                assert (1009).to_bytes(2, "big") in received
+            assert session.verify([], block(right[3:5]), bonus=True).next_token == right[5]
 
     def test_many_opens_a_second_are_refused_and_others_unharmed(self) -> None:
         """A token that opens as fast as it can, and 10,000 a second by the clock."""
         tokens = Tokens({"me": TOKEN, "flood": "another-token-altogether"})
         limits = Limits(opens_per_second=20, open_burst=10)
-        with fake_server(tokens=tokens, limits=limits).running() as server:
-            with RemoteVerifier(server.url, token=TOKEN) as verifier:
-                session = verifier.open(UGSDConfig(rule="greedy", always_escalate=True), prompt="p")
-                statuses: list[bytes] = []
-                stop = threading.Event()
+        with (
+            fake_server(tokens=tokens, limits=limits).running() as server,
+            RemoteVerifier(server.url, token=TOKEN) as verifier,
+        ):
+            session = verifier.open(UGSDConfig(rule="greedy", always_escalate=True), prompt="p")
+            statuses: list[bytes] = []
+            stop = threading.Event()
 
-                def flood(authorization: bytes) -> None:
-                    while not stop.is_set():
-                        with socket.create_connection(("127.0.0.1", server.port)) as raw:
-                            raw.sendall(
-                                b"GET /v1/session HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-                                b"Sec-WebSocket-Protocol: ugsd.v1\r\nAuthorization: " + authorization + b"\r\n\r\n"
-                            )
-                            statuses.append(raw.recv(64)[9:12])
+            def flood(authorization: bytes) -> None:
+                while not stop.is_set():
+                    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+                        raw.sendall(
+                            b"GET /v1/session HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+                            b"Sec-WebSocket-Protocol: ugsd.v1\r\nAuthorization: " + authorization + b"\r\n\r\n"
+                        )
+                        statuses.append(raw.recv(64)[9:12])
 
-                headers = [b"Bearer another-token-altogether", b"Bearer wrong"]
-                threads = [threading.Thread(target=flood, args=(header,)) for header in headers]
-                for thread in threads:
-                    thread.start()
-                captions: list[int] = []
-                slowest = 0.0
-                for _ in range(20):
-                    began = time.monotonic()
-                    right = greedy("p", len(captions) + 2)[len(captions) :]
-                    captions += [*right, session.verify([], block(right), bonus=True).next_token]
-                    slowest = max(slowest, time.monotonic() - began)
-                    time.sleep(0.05)
-                stop.set()
-                for thread in threads:
-                    thread.join()
-                assert captions == greedy("p", 60)
-                assert slowest < 1.0
-                assert set(statuses) == {b"101", b"401", b"429"}
-                assert statuses.count(b"101") <= 10 + 20 * 3
-                assert statuses.count(b"429") > len(statuses) / 2 > 100
+            headers = [b"Bearer another-token-altogether", b"Bearer wrong"]
+            threads = [threading.Thread(target=flood, args=(header,)) for header in headers]
+            for thread in threads:
+                thread.start()
+            captions: list[int] = []
+            slowest = 0.0
+            for _ in range(20):
+                began = time.monotonic()
+                right = greedy("p", len(captions) + 2)[len(captions) :]
+                captions += [*right, session.verify([], block(right), bonus=True).next_token]
+                slowest = max(slowest, time.monotonic() - began)
+                time.sleep(0.05)
+            stop.set()
+            for thread in threads:
+                thread.join()
+            assert captions == greedy("p", 60)
+            assert slowest < 1.0
+            assert set(statuses) == {b"101", b"401", b"429"}
+            assert statuses.count(b"101") <= 10 + 20 * 3
+            assert statuses.count(b"429") > len(statuses) / 2 > 100
 
     def test_ten_thousand_opens_in_a_second(self) -> None:
         from ugsd_fast.serving.limits import Rate
@@ -590,9 +594,11 @@ def test_nothing_of_a_session_is_written_down(
     monkeypatch.setattr(os, "open", spy_os_open)
     caplog.set_level(logging.DEBUG)
     secret = "a prompt that nobody else may read"
-    with serve_model(pair.verifier.model, name="embedded", port=0).running() as server:
-        with RemoteVerifier(server.url, uplink="audio") as verifier:
-            result = Decoder(pair.draft, verifier, lossless(pair)).generate(clips()[0].path, prompt=secret)
+    with (
+        serve_model(pair.verifier.model, name="embedded", port=0).running() as server,
+        RemoteVerifier(server.url, uplink="audio") as verifier,
+    ):
+        result = Decoder(pair.draft, verifier, lossless(pair)).generate(clips()[0].path, prompt=secret)
     assert not written
     server_logs = [r for r in caplog.records if not r.name.startswith("websockets.client")]
     text = "\n".join(record.getMessage() for record in server_logs)
@@ -627,12 +633,14 @@ def test_sessions_that_wait_share_a_forward(pair: EmbeddedPair) -> None:
     """Eight captions at once: fewer forwards than blocks, and each caption as if it were alone."""
     metrics = Metrics()
     backend = ModelBackend(pair.verifier.model, name="embedded", limits=Limits(max_wait=0.02), metrics=metrics)
-    with Server(Hub(backend, backend.limits, metrics), port=0).running() as server:
-        with RemoteVerifier(server.url, uplink="audio", patience=SOON) as verifier:
-            sources = [clip.path for clip in clips()[:8]]
-            together = Decoder(pair.draft, verifier, lossless(pair)).generate(
-                sources, prompt=pair.prompt, max_new_tokens=20
-            )
+    with (
+        Server(Hub(backend, backend.limits, metrics), port=0).running() as server,
+        RemoteVerifier(server.url, uplink="audio", patience=SOON) as verifier,
+    ):
+        sources = [clip.path for clip in clips()[:8]]
+        together = Decoder(pair.draft, verifier, lossless(pair)).generate(
+            sources, prompt=pair.prompt, max_new_tokens=20
+        )
     for source, result in zip(sources, together, strict=True):
         local = Decoder(pair.draft, pair.verifier, lossless(pair)).generate(
             source, prompt=pair.prompt, max_new_tokens=20
