@@ -96,7 +96,7 @@ def main() -> None:
     if "kernels" in arguments.parts:
         run_kernels(arguments.ops, threads, options, results / "kernels.json")
     if "decoding" in arguments.parts:
-        for name in ("overhead", "cache"):
+        for name in ("overhead", "cache", "batch"):
             write(results / f"{name}.json", run_module(f"bench.decoding.{name}", ["--threads", "1", *options]))
     for part, module in REPORTS.items():
         if part in arguments.parts and importlib.util.find_spec("triton") is None:

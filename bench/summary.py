@@ -201,7 +201,38 @@ def cache_lines(cache: Row) -> list[str]:
     ]
 
 
-def document(kernels: Row, overhead: Row | None, cache: Row | None = None) -> str:
+def batch_lines(batch: Row) -> list[str]:
+    """Return the section on batches."""
+    lines = []
+    for row in batch["rows"]:
+        rates, faster, target = row["tokens_per_second"], row["faster"], row["target"]
+        verdict = "" if target is None else f"≥ {target['at_least']:g}×: {'met' if target['met'] else '**missed**'}"
+        lines.append(
+            (
+                row["pair"],
+                row["setting"],
+                str(row["batch"]),
+                number(rates["single"]["median"]),
+                number(rates["batch"]["median"]),
+                f"{faster['median']:.2f}×",
+                f"{faster['p10']:.2f} – {faster['p90']:.2f}",
+                verdict,
+            )
+        )
+    header = ("pair", "setting", "requests", "one by one, tokens/s", "together", "faster", "p10 – p90", "target")
+    return [
+        "## Batches",
+        "",
+        "The same requests one after another and in one `generate` call, one thread, prompts prepared, prefill timed; "
+        "both emit the same tokens. Decoding shares its forwards; a prompt's audio and text is arithmetic that a batch "
+        "does not make less of on a CPU, and the embedded verifier's first forward is a third of a gated request.",
+        "",
+        *table(header, lines, 2),
+        "",
+    ]
+
+
+def document(kernels: Row, overhead: Row | None, cache: Row | None = None, batch: Row | None = None) -> str:
     """Return ``docs/benchmarks.md``."""
     conditions = [run["conditions"] for run in kernels["runs"]]
     lines = [
@@ -231,6 +262,8 @@ def document(kernels: Row, overhead: Row | None, cache: Row | None = None) -> st
         lines += overhead_lines(overhead)
     if cache:
         lines += cache_lines(cache)
+    if batch:
+        lines += batch_lines(batch)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -374,8 +407,8 @@ def write(results: Path, docs: Path, readme: Path | None) -> None:
     Parameters
     ----------
     results
-        Folder of ``kernels.json``, ``overhead.json``, ``cache.json``, ``embedded_pair.json`` and those that `REPORTS`
-        names, each optional.
+        Folder of ``kernels.json``, ``overhead.json``, ``cache.json``, ``batch.json``, ``embedded_pair.json`` and those
+        that `REPORTS` names, each optional.
     docs
         Folder for ``benchmarks.md``, ``benchmarks.png`` and a Markdown file for each of `REPORTS`.
     readme
@@ -389,7 +422,7 @@ def write(results: Path, docs: Path, readme: Path | None) -> None:
             (docs / f"{name}.md").write_text(report(found))
     if kernels:
         (docs / "benchmarks.md").write_text(
-            document(kernels, load(results / "overhead.json"), load(results / "cache.json"))
+            document(kernels, *(load(results / f"{name}.json") for name in ("overhead", "cache", "batch")))
         )
         draw(kernels, docs / "benchmarks.png")
     if readme:

@@ -20,7 +20,7 @@ from ugsd_fast.models.families import FAMILIES as ENTRIES
 from ugsd_fast.models.families import REFUSED, family_of
 from ugsd_fast.models.sequence import CachedSequence
 
-TOKENS = 32
+TOKENS = 64
 DRAFTERS: dict[str, dict[str, Any]] = {"copy": {}, "noisy": {"noise": 0.1}, "random": {"seed": 7}}
 LOSSLESS = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=-1)  # no token has this id
 PROMPTED = [name for name in FAMILIES if name not in ("whisper", "moonshine")]
@@ -80,6 +80,28 @@ def test_lossless_greedy_is_the_verifiers_own_generate(family: str, drafter: str
     assert result.tokens == greedy(target)
     if drafter == "copy":
         assert result.metrics.acceptance_rate == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_every_requests_own_generate(family: str, verifiers: dict[str, Tiny]) -> None:
+    """Four clips, each row with a prompt, an acceptance and an end of its own; three drafters of different quality."""
+    target = verifiers[family]
+    expected = [greedy(target, clip) for clip in range(4)]
+    end = expected[1][20]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    config = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=end)
+    for drafter in DRAFTERS.values():
+        draft = build(family, **drafter)
+        decoder = Decoder(AudioLM(draft.model), LocalVerifier(AudioLM(target.model)), config)
+        with counted(draft.tower, target.tower) as calls:
+            results = decoder.generate(
+                inputs=[draft.inputs(clip) for clip in range(4)],
+                verifier_inputs=[target.inputs(clip) for clip in range(4)],
+                max_new_tokens=TOKENS,
+                max_batch_size=3,
+            )
+        assert calls == ([4, 4] if family in ("whisper", "moonshine") else [2, 2])  # of three together, then of one
+        assert [result.tokens for result in results] == cut
 
 
 @pytest.mark.parametrize("family", FAMILIES)

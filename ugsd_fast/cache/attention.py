@@ -9,6 +9,5 @@ PACKED_PREFIX = "ugsd|"
 
 
 def attention_of(config: Any) -> str:
-    """Name of the attention implementation that a model's text part computes with."""
-    name = config.get_text_config(decoder=True)._attn_implementation or "eager"
-    return name.removeprefix(PACKED_PREFIX)
+    """Name of the attention implementation that a model's attention modules, given their config, compute with."""
+    return (vars(config).get("_attn_implementation_internal") or "eager").removeprefix(PACKED_PREFIX)

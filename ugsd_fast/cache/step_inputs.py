@@ -87,7 +87,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     windows = _windows(cache)
     if count == 1 and not any(length + 1 > window for window in windows.values() if window):
         return {"attention_mask": held, "position_ids": positions}
-    attention = attention_of(model.config)
+    attention = attention_of(model.config.get_text_config(decoder=True))
     if attention not in _MASKED:
         raise ModelError(
             f"step_inputs: rows of lengths {lengths} need a 4-D mask, and attention implementation "

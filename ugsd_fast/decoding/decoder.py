@@ -15,8 +15,8 @@ from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
 from ugsd_fast.decoding.request import Request
 from ugsd_fast.decoding.trace import StreamEvent
+from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
 from ugsd_fast.decoding.verification import VerifyCall, verify_calls
-from ugsd_fast.decoding.vocabulary import check_vocabularies
 from ugsd_fast.errors import VerifierUnavailable
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable
@@ -46,7 +46,7 @@ class Decoder:
     ModelError
         If ``config.graph`` is set and the drafter's steps cannot be replayed.
     VocabularyMismatchError
-        If the two models give the same token id different meanings.
+        If the two models have different tokenizers, and ``rule`` ("exact", "block") or ``graph`` need them to be one.
 
     Notes
     -----
@@ -66,11 +66,12 @@ class Decoder:
     def __init__(self, draft: AudioLM | None, verifier: Verifier | None, config: UGSDConfig | None = None):
         if draft is None and verifier is None:
             raise ValueError("Decoder: draft and verifier are both None, expected at least one of them")
-        if draft is not None and verifier is not None:
-            check_vocabularies(draft, verifier)
         self.draft = draft
         self.verifier = verifier
         self.config = config or UGSDConfig()
+        self._translation = None
+        if draft is not None and verifier is not None:
+            self._translation = translation_between(draft, verifier, self.config, self.eos_token_ids)
         if self.config.graph and draft is not None:
             check_replayable(draft.model, draft.family)
         self._idle_graphs: list[DraftGraph] = []
@@ -176,6 +177,8 @@ class Decoder:
         lengths = [request.next_length() for request in requests]
         if all(isinstance(drafter, Drafter) for drafter in drafters):
             return draft_blocks(cast(list[Drafter], drafters), lengths)
+        if self._translation is not None:
+            return draft_translated(cast(list[TranslatingDrafter], drafters), lengths)
         return [drafter.draft(length) for drafter, length in zip(drafters, lengths, strict=True) if drafter]
 
     def _verify(self, requests: Sequence[Request], blocks: Sequence[DraftBlock]) -> list[Verdict | None]:
@@ -254,7 +257,8 @@ class Decoder:
             return self.draft.eos_token_ids  # the edge begins alone
 
     def _decode_text(self, tokens: Sequence[int]) -> str:
-        return (self.draft or self.verifier).decode(tokens)  # type: ignore[union-attr]
+        side = self.verifier if self._translation else self.draft or self.verifier
+        return side.decode(tokens)  # type: ignore[union-attr]
 
     def _open_drafter(
         self,
@@ -263,7 +267,7 @@ class Decoder:
         inputs: Mapping[str, Tensor] | None,
         max_new_tokens: int,
         config: UGSDConfig,
-    ) -> Drafter | DraftGraph | None:
+    ) -> Drafter | DraftGraph | TranslatingDrafter | None:
         if self.draft is None:
             return None
         if audio is None and inputs is None:
@@ -273,13 +277,15 @@ class Decoder:
             self.draft.check_placeholders(prepared)
             prepared = self.draft.to_device(prepared)
             return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
-        return Drafter(
+        translation, vocab_size = self._translation, self.draft.vocab_size
+        drafter = Drafter(
             self.draft.open(prepared),
             config,
-            eos_token_ids=self.eos_token_ids,
-            vocab_size=self.draft.vocab_size,
+            eos_token_ids=translation.drafter.ends if translation else self.eos_token_ids,
+            vocab_size=vocab_size,
             device=self.draft.device,
         )
+        return TranslatingDrafter(drafter, translation, vocab_size=vocab_size) if translation else drafter
 
     def _graph_of(self, capacity: int) -> DraftGraph:
         """A draft graph that nobody uses and that holds as many tokens, the smallest there is."""

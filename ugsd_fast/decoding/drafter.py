@@ -126,16 +126,16 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     rows, width = len(drafters), max(lengths)
     lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
-    tokens, entropies = [], []
+    tokens, entropies, uncertain = [], [], set()
     logits: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
     for step in range(width):
-        at = [drafters[row] for row in active]
+        at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
         token, entropy = draw(z, config, offset + step)
-        fed = token.clamp(min=0)  # a row with nothing finite draws -1
-        for index, one in enumerate(at):
-            one.pending = fed[index : index + 1, None]
+        fed = token.clamp(min=0)[:, None]  # a row with nothing finite draws -1
+        for one, own in zip(at, fed.split(1) if len(at) > 1 else (fed,), strict=True):
+            one.pending = own
         if config.rule in RULES_WITH_DRAFT_LOGITS:
             for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
                 logits[row].append(filtered)
@@ -145,9 +145,10 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
             entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
         tokens.append(token)
         entropies.append(entropy)
-        if stop is not None and step + 1 >= config.min_block:
-            over = entropy.tolist()
-            lengths = [min(n, step + 1) if over[row] > stop else n for row, n in enumerate(lengths)]
+        if stop is not None:
+            uncertain |= {row for row, nats in enumerate(entropy.tolist()) if nats > stop}
+            if step + 1 >= config.min_block:
+                lengths = [min(n, step + 1) if row in uncertain else n for row, n in enumerate(lengths)]
         active = [row for row in active if lengths[row] > step + 1]
         if not active:
             break
@@ -184,11 +185,12 @@ def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor, lengt
     """What the host has to know of drafted blocks [B, K], a row each: what `block_of` reads.
 
     A block ends behind its end-of-sequence token, behind `lengths` [B] tokens where they are given, and under
-    ``adaptive="entropy"`` behind its first uncertain token.
+    ``adaptive="entropy"`` behind its first uncertain token, though not before ``min_block`` tokens.
     """
     ends = (tokens[..., None] == eos).any(-1)  # [B, K]
     if config.adaptive == "entropy":
-        ends[:, config.min_block - 1 :] |= entropy[:, config.min_block - 1 :] > config.entropy_threshold
+        uncertain = (entropy > config.entropy_threshold).cumsum(1) > 0
+        ends[:, config.min_block - 1 :] |= uncertain[:, config.min_block - 1 :]
     cut = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
     lengths = cut if lengths is None else torch.minimum(cut, lengths)
     uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=config.entropy_threshold, reduce=config.gate)

@@ -12,6 +12,7 @@ from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
+from ugsd_fast.decoding.translation import TranslatingDrafter
 from ugsd_fast.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Request:
 
     Parameters
     ----------
-    drafter : Drafter, DraftGraph or None
+    drafter : Drafter, DraftGraph, TranslatingDrafter or None
         Drafts this request; None where the verifier decodes alone.
     session : VerifierSession or None
         Judges it; None where nobody does.
@@ -43,7 +44,7 @@ class Request:
 
     def __init__(
         self,
-        drafter: Drafter | DraftGraph | None,
+        drafter: Drafter | DraftGraph | TranslatingDrafter | None,
         session: VerifierSession | None,
         config: UGSDConfig,
         *,

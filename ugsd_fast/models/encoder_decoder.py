@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ugsd_fast.cache import enable_rollback, new_cache
+from ugsd_fast.cache import new_cache
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.sequence import CachedSequence, last_logits
 
@@ -45,6 +46,7 @@ class EncoderDecoderSequence(CachedSequence):
         self._heard: Any = None
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
+        self._prompt = {}
         self._toggles_adapter = self._hears = False
         self.length = 0
         self.forwards = 0
@@ -67,16 +69,16 @@ class EncoderDecoderSequence(CachedSequence):
                 use_cache=True,
                 **extra,
             ).logits
-        if first:
-            enable_rollback(self.cache)
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
-    @property
-    def pack_key(self) -> Hashable:
-        """As `CachedSequence.pack_key`; padded audio is masked for its own request only."""
-        padded = self._audio_mask is not None and not bool(self._audio_mask.all())
-        return None if padded else super().pack_key
+    @cached_property
+    def _packs(self) -> bool:
+        # Padded audio is masked for its own request only.
+        return (self._audio_mask is None or bool(self._audio_mask.all())) and super()._packs
+
+    def _begins_packed(self, tokens: Tensor) -> bool:
+        return False  # the encoder runs apart from the tokens
 
     def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward that append tokens to what the decoder has written."""

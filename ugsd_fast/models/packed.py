@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,18 +26,21 @@ from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
 from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
 
-_register_lock = threading.Lock()
+_lock = threading.Lock()
+_in_use: WeakKeyDictionary[Any, tuple[list[Any], str, int]] = WeakKeyDictionary()  # configs, name, packed forwards
+_known_configs: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 
-@torch.inference_mode()
 def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
     """Append tokens to several sequences of one model, in as few forward passes as can be.
 
     Parameters
     ----------
     sequences : sequence of CachedSequence
-        Of batch 1 each, and all of one model. Those that begin (their prompt has audio of its own), whose prompt is
-        padded, or whose attention implementation or cache is not one that can be taken apart get a forward each.
+        Of batch 1 each, and all of one model. Those that begin share a forward of their own, in which the audio tower
+        hears all their clips, where these have one shape. What cannot be taken apart gets a forward each: padded
+        prompts, attention implementations other than SDPA, eager and FlashAttention, transformers' own caches, and the
+        first forward of an encoder-decoder.
     tokens : sequence of LongTensor[1, q]
         What to append to each.
     keep : sequence of int
@@ -60,8 +66,9 @@ def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor]
     if len(sequences) == 1:
         return sequences[0].forward(tokens[0], keep=keep[0])[0]
     groups: dict[Hashable, list[int]] = {}
-    for index, sequence in enumerate(sequences):
-        groups.setdefault(index if sequence.pack_key is None else sequence.pack_key, []).append(index)
+    for index, (sequence, new) in enumerate(zip(sequences, tokens, strict=True)):
+        key = sequence.pack_key(new)
+        groups.setdefault(index if key is None else key, []).append(index)
     rows: list[Tensor] = [torch.empty(0)] * len(sequences)
     for members in groups.values():
         if len(members) == 1:
@@ -72,34 +79,45 @@ def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor]
                 return logits
         for index, part in zip(members, logits.split([keep[i] for i in members]), strict=True):
             rows[index] = part
-    return torch.cat(rows)
+    with torch.inference_mode():
+        return torch.cat(rows)
 
 
+@torch.inference_mode()
 def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
-    counts = [part.shape[1] for part in tokens]
-    for sequence, count in zip(sequences, counts, strict=True):
-        sequence.check_room(count)
+    """One forward of sequences that have one `CachedSequence.pack_key`."""
     first = sequences[0]
     model = first.model
-    attention = _intercept(model)
-    ids = torch.cat(list(tokens), 1)
-    spans = [range(s.length, s.length + count) for s, count in zip(sequences, counts, strict=True)]
-    positions = torch.tensor([[position for span in spans for position in span]], device=ids.device)
+    prompts = [sequence.take_prompt() for sequence in sequences]
+    begin = [prompt.pop("input_ids", new[:, :0]) for prompt, new in zip(prompts, tokens, strict=True)]
+    parts = [torch.cat(part, 1) for part in zip(begin, tokens, strict=True)]
+    counts = [part.shape[1] for part in parts]
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.check_room(count)
+    ids = torch.cat(parts, 1)
+    audio = {
+        name: torch.cat([prompt[name] for prompt in prompts]) if isinstance(value, Tensor) else value
+        for name, value in prompts[0].items()
+    }
+    starts = [sequence.length for sequence in sequences]
+    spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    positions = torch.tensor([[position for span in spans for position in span]]).to(ids.device, non_blocking=True)
     wanted: int | Tensor = 0
     if sum(keep) < ids.shape[1]:
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-        wanted = torch.tensor([j for end, k in zip(ends, keep, strict=True) for j in range(end - k, end)])
-        wanted = wanted.to(ids.device)
+        ends = list(accumulate(counts))
+        wanted = torch.tensor([at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)])
+        wanted = wanted.to(ids.device, non_blocking=True)
     caches: list[Any] = [sequence.cache for sequence in sequences]
-    cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
-    if isinstance(caches[0], EncoderDecoderCache):
-        cache = _PackedEncoderDecoderCache(cache, caches, counts)
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
-    with last_logits(model, wanted) as extra:
-        logits = model(**first.step_kwargs(ids, positions, no_mask), past_key_values=cache, use_cache=True, **extra)
+    arguments = {**first.step_kwargs(ids, positions, no_mask), **audio}
+    with _intercepted(model) as attention, last_logits(model, wanted) as extra:
+        cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
+        if isinstance(caches[0], EncoderDecoderCache):
+            cache = _PackedEncoderDecoderCache(cache, caches, counts)
+        logits = model(**arguments, past_key_values=cache, use_cache=True, **extra).logits[0]
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.appended(count)
-    return logits.logits[0]
+    return logits
 
 
 class Ragged:
@@ -197,23 +215,42 @@ class _Heard:
         self.layers = layers
 
 
-def _intercept(model: Any) -> str:
-    """Have a model's attention ask `_attend`, once and for all, and return the implementation that does the work.
+@contextmanager
+def _intercepted(model: Any) -> Iterator[str]:
+    """Have a model's attention ask `_attend` meanwhile; yields the implementation that does the work.
 
-    For tensors `_attend` is that implementation, so other forwards of the model, from any thread, are as before.
+    For tensors `_attend` is that implementation: forwards of other threads in the meantime are as ever.
     """
-    modules = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-    name = attention_of(model.config)
-    with _register_lock:
+    with _lock:
+        configs, name, users = _in_use.get(model) or (_configs(model), attention_of(_configs(model)[0]), 0)
+        _in_use[model] = configs, name, users + 1
         if PACKED_PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
             inner = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
             ALL_ATTENTION_FUNCTIONS.register(PACKED_PREFIX + name, partial(_attend, inner))
             ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
-    for config in configs.values():
-        if config._attn_implementation == name:
-            config._attn_implementation_internal = PACKED_PREFIX + name
-    return name
+        if not users:
+            _rename(configs, PACKED_PREFIX + name)
+    try:
+        yield name
+    finally:
+        with _lock:
+            _in_use[model] = configs, name, _in_use[model][2] - 1
+            if not _in_use[model][2]:
+                del _in_use[model]
+                _rename(configs, name)
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs that the attention modules of a model's text part ask for their implementation."""
+    if model not in _known_configs:
+        modules = [module for module in model.get_decoder().modules() if getattr(module, "layer_idx", None) is not None]
+        _known_configs[model] = list({id(one.config): one.config for one in modules if hasattr(one, "config")}.values())
+    return _known_configs[model]
+
+
+def _rename(configs: Sequence[Any], name: str) -> None:
+    for config in configs:
+        vars(config)["_attn_implementation_internal"] = name  # a config's own __setattr__ takes longer than attention
 
 
 def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from ugsd_fast.models.families import Family
 
 # Attention implementations that `forward_packed` can take apart, and the mask that each takes.
 PACKABLE_ATTENTION = {"sdpa": "bool", "eager": "float", "flash_attention_2": None, "flash_attention_3": None}
+_CLIP_INPUTS = frozenset(  # one entry a clip along their first dimension
+    {"input_features", "feature_attention_mask", "input_features_mask", "input_values", "padding_mask"}
+    | {"audio_input_features", "audio_embed_sizes", "audio_attention_mask"}
+)
 
 
 class CachedSequence:
@@ -83,34 +88,31 @@ class CachedSequence:
         -------
         Tensor[B, keep, V]
         """
-        first = self.length == 0
+        first = not self.length
         keep = tokens.shape[1] + first if keep is None else keep
         if first and self._audio_token is not None and bool((tokens == self._audio_token).any()):
             # Drafted beside the audio, a placeholder would be taken for one of the prompt's.
             last = self.forward(tokens[:, :0], keep=1)
             logits = torch.cat([last, self.forward(tokens)], dim=1)
             return logits[:, logits.shape[1] - keep :]
-        ids, audio = tokens, {}
-        if first:
-            audio = {**self._prompt, **self._first_kwargs}
-            ids = torch.cat([audio.pop("input_ids"), tokens], dim=1)
+        audio = self.take_prompt()
+        ids = torch.cat([audio.pop("input_ids"), tokens], dim=1) if first else tokens
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
         self.check_room(ids.shape[1])
-        self._toggle_adapter()
-        with last_logits(self.model, keep if first else 0) as extra:
+        mask = torch.ones_like(ids) if first and self._mask is None else self._mask
+        # Of several positions, by their indices: Gemma 4 counts on its attention's name where it is given their number.
+        wanted = (
+            torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device) if first and keep > 1 else int(first)
+        )
+        with last_logits(self.model, wanted) as extra:
             logits = self.model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids) if first and self._mask is None else self._mask,
-                position_ids=self._position_ids(ids),
+                **self.step_kwargs(ids, self._position_ids(ids), mask),
                 past_key_values=self.cache,
                 use_cache=True,
                 **audio,
                 **extra,
             ).logits
-        if first:
-            self._prompt.clear()
-            enable_rollback(self.cache)
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
@@ -121,16 +123,40 @@ class CachedSequence:
         if self._mask is not None:
             self._mask = self._mask[:, : self.length]
 
-    @property
-    def pack_key(self) -> Hashable:
-        """Sequences with equal keys can share a forward (`forward_packed`); None where this one takes its own."""
-        if not self.length or self._mask is not None or not isinstance(self_attention(self.cache), GrowingCache):
+    def pack_key(self, tokens: Tensor) -> Hashable:
+        """Sequences with equal keys can append their tokens in one forward; None where this one takes its own."""
+        if not self._packs:
             return None
-        if attention_of(self.model.config) not in PACKABLE_ATTENTION:
+        if self.length:
+            return self._step_key
+        if not self._begins_packed(tokens):
             return None
+        audio = tuple((name, value.shape) for name, value in sorted(self._prompt.items()) if name != "input_ids")
+        return *self._step_key, audio
+
+    @cached_property
+    def _step_key(self) -> tuple[int, bool]:
         return id(self.model), self._toggles_adapter and self._hears
 
-    def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> dict[str, Any]:
+    @cached_property
+    def _packs(self) -> bool:
+        return (
+            self._mask is None
+            and isinstance(self_attention(self.cache), GrowingCache)
+            and attention_of(self.model.config.get_text_config(decoder=True)) in PACKABLE_ATTENTION
+        )
+
+    def _begins_packed(self, tokens: Tensor) -> bool:
+        """Whether a first forward can be shared: its audio is told from others' by its place in the batch alone."""
+        if not self._prompt.keys() - {"input_ids"} <= _CLIP_INPUTS:
+            return False
+        return self._audio_token is None or not bool((tokens == self._audio_token).any())
+
+    def take_prompt(self) -> dict[str, Any]:
+        """What the first forward is given beside the tokens, the prompt's ``input_ids`` with it; later ones nothing."""
+        return {} if self.length else {**self._prompt, **self._first_kwargs}
+
+    def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward that append tokens behind the prompt."""
         self._toggle_adapter()
         return {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
@@ -151,7 +177,10 @@ class CachedSequence:
             )
 
     def appended(self, count: int) -> None:
-        """Count one forward pass over `count` tokens."""
+        """Note one forward pass over `count` tokens; after the first, the prompt's audio is let go."""
+        if not self.length:
+            self._prompt.clear()
+            enable_rollback(self.cache)
         self.length += count
         self.forwards += 1
 
