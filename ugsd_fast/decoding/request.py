@@ -99,6 +99,10 @@ class Request:
         emitted = block.token_ids[:num_accepted] + ((next_token,) if next_token >= 0 else ())
         if not emitted:
             raise ModelError("Decoder: the verifier's logits have no finite value, expected a next token")
+        last = len(emitted) >= self.room or emitted[-1] in self._eos
+        wasted = 0
+        if isinstance(self.drafter, Drafter):
+            wasted = len(self.drafter.buffer) if last else self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,
@@ -110,6 +114,7 @@ class Request:
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,
             verified=not escalated or verdict is not None,
+            wasted=wasted,
         )
         self._trace.blocks.append(record)
         self._length.observe(record)
@@ -117,7 +122,6 @@ class Request:
         self.unseen = [] if verdict else [*self.unseen, *emitted]
         latency = time.perf_counter() - self._started
         self._first_token = self._first_token or latency
-        last = not self.room or emitted[-1] in self._eos
         delta = self._text.extend(emitted, final=last)
         if last:
             self._finish(latency)
