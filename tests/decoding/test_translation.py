@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.decoding import tokenizers
-from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig, VocabularyMismatchError
+from ugsd_fast import UGSDConfig
 from ugsd_fast.decoding.drafter import Drafter
-from ugsd_fast.decoding.translation import END, Codec, Transcript, TranslatingDrafter, Translation, translation_between
+from ugsd_fast.decoding.translation import END, Codec, Transcript, TranslatingDrafter, Translation
 
 EXACT = tokenizers.EXACT
 PAIRS = [  # drafter, verifier

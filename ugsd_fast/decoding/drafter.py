@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
+from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -69,6 +70,8 @@ class Drafter:
         Tokens that end a caption.
     vocab_size : int
         Columns of the edge model's logits; a verifier's token beyond them cannot be fed to it.
+    processed : Processed, optional
+        What its logits go through before a token is drawn.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Drafter:
         eos_token_ids: frozenset[int],
         vocab_size: int,
         device: torch.device,
+        processed: Processed | None = None,
     ):
         self.sequence = sequence
         self.config = config
@@ -89,8 +93,9 @@ class Drafter:
         self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
         self._ends = eos_token_ids
         self._final = 0
+        self.processed = processed
+        self.last_token = vocab_size - 1
         self._device = device
-        self._last_token = vocab_size - 1
 
     @property
     def forwards(self) -> int:
@@ -150,9 +155,13 @@ class Drafter:
         cached = self.drafted - 1
         if num_accepted < cached:
             self.sequence.rollback(cached - num_accepted)
+        if self.processed is not None:
+            self.processed.truncate(self.processed.length - self.drafted + num_accepted)
+            if next_token >= 0:
+                self.processed.append(torch.tensor([[next_token]], device=self._device))
         kept = self.pending[:, : num_accepted - cached] if num_accepted > cached else self.pending[:, :0]
         if next_token >= 0:
-            fed = torch.full((1, 1), min(next_token, self._last_token), dtype=torch.long, device=self._device)
+            fed = torch.full((1, 1), min(next_token, self.last_token), dtype=torch.long, device=self._device)
             kept = torch.cat([kept, fed], dim=1)
         self.pending = kept
 
@@ -179,10 +188,15 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     for step in range(width):
         at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
+        if at[0].processed is not None:
+            rows_of_z = zip(at, z.split(1), strict=True)
+            z = torch.cat([one.processed.scores(own) for one, own in rows_of_z if one.processed is not None])
         token, entropy = draw(z, config, offset + step)
-        fed = token.clamp(min=0)[:, None]  # a row with nothing finite draws -1
+        fed = token.clamp(min=0, max=at[0].last_token)[:, None]  # a row with nothing finite draws -1
         for one, own in zip(at, fed.split(1) if len(at) > 1 else (fed,), strict=True):
             one.pending = own
+            if one.processed is not None:
+                one.processed.append(own)
         if config.rule in RULES_WITH_DRAFT_LOGITS:
             for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
                 logits[row].append(filtered)

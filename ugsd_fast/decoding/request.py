@@ -10,6 +10,7 @@ from ugsd_fast.decoding.block_length import BlockLength, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter
+from ugsd_fast.decoding.processors import Stopping
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
 from ugsd_fast.decoding.translation import TranslatingDrafter
@@ -40,6 +41,8 @@ class Request:
         Token ids -> text.
     started : float
         ``time.perf_counter()`` when the caller asked.
+    stopping : Stopping, optional
+        What else may end the caption.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Request:
         max_new_tokens: int,
         decode: Callable[[Sequence[int]], str],
         started: float,
+        stopping: Stopping | None = None,
     ):
         self.drafter = drafter
         self.session = session
@@ -64,6 +68,7 @@ class Request:
         self._eos = eos_token_ids
         self._max_new_tokens = max_new_tokens
         self._started = started
+        self._stopping = stopping
         self._first_token = 0.0
         self._length: BlockLength = block_length(config)
         self._trace = Trace()
@@ -99,7 +104,11 @@ class Request:
         emitted = block.token_ids[:num_accepted] + ((next_token,) if next_token >= 0 else ())
         if not emitted:
             raise ModelError("Decoder: the verifier's logits have no finite value, expected a next token")
-        last = len(emitted) >= self.room or emitted[-1] in self._eos
+        stopped = False
+        if self._stopping is not None:
+            kept, stopped = self._stopping.kept(self.tokens, emitted)
+            emitted, num_accepted = emitted[:kept], min(num_accepted, kept)
+        last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
         wasted = 0
         if isinstance(self.drafter, Drafter):
             wasted = len(self.drafter.buffer) if last else self.drafter.wasted(num_accepted, next_token)
