@@ -37,10 +37,8 @@ def url() -> Iterator[str]:
 def test_caption_with_a_served_verifier(url: str) -> None:
     clip = str(clips()[0].path)
     local = json.loads(CliRunner().invoke(app, ["caption", clip, "--json"]).stdout)
-    run = CliRunner().invoke(
-        app,
-        ["caption", clip, "--json", "--verifier", url, "--token", TOKEN, "--uplink", "audio", "--on-failure", "raise"],
-    )
+    network = ["--verifier", url, "--token", TOKEN, "--uplink", "audio", "--on-failure", "raise"]
+    run = CliRunner().invoke(app, ["caption", clip, "--json", *network])
     assert run.exit_code == 0, run.output
     remote = json.loads(run.stdout)
     assert remote["text"] == local["text"]
