@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -48,11 +49,12 @@ class Judge(Protocol):
 
 
 class _Job:
-    __slots__ = ("arrived", "call", "future", "state")
+    __slots__ = ("alone", "arrived", "call", "future", "state")
 
     def __init__(self, state: Schedulable, call: Call):
         self.state, self.call = state, call
         self.future: Future[Judged] = Future()
+        self.alone = False  # after a forward that failed: whose fault was it?
         self.arrived = time.monotonic()
 
 
@@ -145,15 +147,15 @@ class Scheduler:
                 continue
             taken.add(id(job.state))
             needed = job.state.needed(job.call)
-            if batch and tokens + needed > self._limits.token_budget:
+            if batch and (job.alone or batch[0].alone or tokens + needed > self._limits.token_budget):
                 break
             tokens += needed
             batch.append(job)
         if not batch:
             return []
         waited = time.monotonic() - batch[0].arrived
-        alone = len(batch) < len(self._states) and tokens < self._limits.token_budget
-        if alone and waited < self._limits.max_wait and not self._prompts:
+        open_to_more = len(batch) < len(self._states) and tokens < self._limits.token_budget and not batch[0].alone
+        if open_to_more and waited < self._limits.max_wait and not self._prompts:
             return []
         for job in batch:
             self._jobs.remove(job)
@@ -166,8 +168,11 @@ class Scheduler:
         try:
             outcomes = self._judge.judge([(job.state, job.call) for job in batch])
         except Exception as error:
-            _log.exception("a forward over %d sessions failed", len(batch))
-            outcomes = [error] * len(batch)
+            _log_failure(f"a forward over {len(batch)} sessions", error)
+            if len(batch) > 1:
+                self._one_by_one(batch)
+                return
+            outcomes = [error]
         self._metrics.forward_seconds.observe(time.monotonic() - started)
         self._metrics.batch_sessions.observe(len(batch))
         for job, outcome in zip(batch, outcomes, strict=True):
@@ -178,6 +183,18 @@ class Scheduler:
             job.future.set_exception(outcome if isinstance(outcome, Refusal) else _failed(outcome))
         self._account()
 
+    def _one_by_one(self, batch: list[_Job]) -> None:
+        """Queue blocks again, each for a forward of its own, with caches computed anew."""
+        with self._changed:
+            for job in reversed(batch):
+                job.alone = True
+                job.state.evict()
+                if id(job.state) in self._states:
+                    self._jobs.appendleft(job)
+                    self._prompts.append(job.state)
+                else:
+                    job.future.set_exception(Refusal("unknown_session", "the session has ended"))
+
     def _advance(self, state: Schedulable) -> None:
         """A piece of one prompt; then it is the next one's turn."""
         error: Exception | None = None
@@ -187,7 +204,7 @@ class Scheduler:
             try:
                 state.advance(self._limits.prefill_chunk)
             except Exception as raised:
-                _log.exception("a prompt failed")
+                _log_failure("a prompt", raised)
                 error = _failed(raised)
         with self._changed:
             if state in self._prompts:
@@ -203,7 +220,7 @@ class Scheduler:
             job.future.set_exception(error)
         self._account()
 
-    def _make_room(self, wanting: Schedulable) -> bool:
+    def _make_room(self, wanting: Schedulable | None = None) -> bool:
         """Evict idle sessions, the longest unused first, until the budget holds; whether it does."""
         with self._changed:
             busy = {id(job.state) for job in self._jobs} | {id(state) for state in self._prompts} | {id(wanting)}
@@ -220,7 +237,16 @@ class Scheduler:
 
     def _account(self) -> None:
         with self._changed:
-            self._metrics.kv_bytes.set(sum(state.kv_bytes for state in self._states.values()))
+            used = sum(state.kv_bytes for state in self._states.values())
+        self._metrics.kv_bytes.set(used)
+        if used > self._limits.kv_bytes:
+            self._make_room()
+
+
+def _log_failure(what: str, error: Exception) -> None:
+    """Log where something failed; not the message, which may quote what nobody else is to read."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("%s failed with %s:\n%s", what, type(error).__name__, where)
 
 
 def _failed(error: Exception) -> Refusal:
