@@ -203,6 +203,22 @@ def test_a_forward_that_fails_is_tried_one_by_one(machine: Callable[..., Machine
     assert (failed.code, str(failed)) == ("failed", "the model failed (RuntimeError)")
 
 
+def test_a_verdict_that_nobody_waits_for_any_more(machine: Callable[..., Machine]) -> None:
+    one = machine()
+    state = one.session("a")
+    settled(one, state)
+    one.hold.clear()
+    judged = one.scheduler.submit(state, BLOCK)
+    time.sleep(0.05)  # it is being judged
+    waiting = one.scheduler.submit(state, BLOCK)
+    assert waiting.cancel()
+    assert not judged.cancel()
+    one.hold.set()
+    assert judged.result(5)
+    assert one.scheduler.submit(state, BLOCK).result(5)
+    assert one.log == ["a", "a"]
+
+
 def test_a_session_that_ends_takes_its_blocks_along(machine: Callable[..., Machine]) -> None:
     one = machine()
     state = one.session("a", prompt=10**6)

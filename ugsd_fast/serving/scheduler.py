@@ -54,8 +54,17 @@ class _Job:
     def __init__(self, state: Schedulable, call: Call):
         self.state, self.call = state, call
         self.future: Future[Judged] = Future()
-        self.alone = False  # after a forward that failed: whose fault was it?
         self.arrived = time.monotonic()
+        self.alone = False  # after a forward that failed: whose fault was it?
+
+    def begin(self) -> bool:
+        """Whether somebody still waits for the verdict; from then on it cannot be cancelled."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error."""
+        if self.begin():
+            self.future.set_exception(error)
 
 
 class Scheduler:
@@ -110,7 +119,7 @@ class Scheduler:
                 self._prompts.remove(state)
             for job in [job for job in self._jobs if job.state is state]:
                 self._jobs.remove(job)
-                job.future.set_exception(Refusal("unknown_session", "the session has ended"))
+                job.fail(Refusal("unknown_session", "the session has ended"))
             self._changed.notify()
 
     def close(self) -> None:
@@ -127,6 +136,9 @@ class Scheduler:
                     self._changed.wait()
                 if self._closed:
                     return
+                for job in self._jobs:  # evicted while it waited
+                    if not job.state.ready and job.state not in self._prompts:
+                        self._prompts.append(job.state)
                 batch = self._batch()
                 prompt = self._prompts[0] if self._prompts else None
                 if not batch and prompt is None:
@@ -161,7 +173,7 @@ class Scheduler:
             self._jobs.remove(job)
             job.state.last_used = time.monotonic()
         self._metrics.waiting.set(len(self._jobs))
-        return batch
+        return [job for job in batch if job.begin()]
 
     def _forward(self, batch: list[_Job]) -> None:
         started = time.monotonic()
@@ -180,7 +192,7 @@ class Scheduler:
                 job.future.set_result(outcome)
                 continue
             job.state.evict()  # whatever is in the cache now, the next block finds a sound one
-            job.future.set_exception(outcome if isinstance(outcome, Refusal) else _failed(outcome))
+            job.fail(outcome if isinstance(outcome, Refusal) else _failed(outcome))
         self._account()
 
     def _one_by_one(self, batch: list[_Job]) -> None:
@@ -193,7 +205,7 @@ class Scheduler:
                     self._jobs.appendleft(job)
                     self._prompts.append(job.state)
                 else:
-                    job.future.set_exception(Refusal("unknown_session", "the session has ended"))
+                    job.fail(Refusal("unknown_session", "the session has ended"))
 
     def _advance(self, state: Schedulable) -> None:
         """A piece of one prompt; then it is the next one's turn."""
@@ -216,8 +228,8 @@ class Scheduler:
                 self._jobs.remove(job)
         if error is not None:
             state.evict()
-        for job in failed:
-            job.future.set_exception(error)
+            for job in failed:
+                job.fail(error)
         self._account()
 
     def _make_room(self, wanting: Schedulable | None = None) -> bool:
