@@ -40,11 +40,19 @@ _HOME = {
     "VocabularyMismatchError": "errors",
     "use_backend": "ops",
 }
-<<<<<<< HEAD
-_SUBMODULES = ("audio", "cache", "decoding", "demo", "kernels", "models", "ops", "reference", "serving", "verifier")
-=======
-_SUBMODULES = ("audio", "cache", "decoding", "demo", "hf", "kernels", "models", "ops", "reference", "verifier")
->>>>>>> main
+_SUBMODULES = (
+    "audio",
+    "cache",
+    "decoding",
+    "demo",
+    "hf",
+    "kernels",
+    "models",
+    "ops",
+    "reference",
+    "serving",
+    "verifier",
+)
 
 __all__ = [
     "AudioError",
