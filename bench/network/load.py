@@ -43,7 +43,7 @@ class Script:
 
 def scripts(count: int) -> list[Script]:
     """Made by the embedded verifier in this process."""
-    pair = load_pair(threads=2)
+    pair = load_pair(threads=1)
     config = UGSDConfig(rule="greedy", always_escalate=True)
     made = []
     for clip in clips()[:count]:
