@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test test-asan test-arm bench lint format pair evaluate clean
+.PHONY: demo test test-asan test-arm bench bench-network bench-load lint format pair evaluate clean
 
 demo: .venv/.installed
 	$(BIN)/ugsd-fast demo --report demo-report.html
@@ -22,6 +22,14 @@ test-arm:
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.run
+
+# Network namespaces need root.
+bench-network: .venv/.installed
+	$(BIN)/python -m bench.network.run
+
+SECONDS ?= 300
+bench-load: .venv/.installed
+	$(BIN)/python -m bench.network.load --seconds $(SECONDS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from ugsd_fast.decoding.request import Request
 from ugsd_fast.decoding.streaming import Streamer, stream_to
 from ugsd_fast.decoding.trace import StreamEvent
 from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
-from ugsd_fast.decoding.verification import VerifyCall, verify_calls
+from ugsd_fast.decoding.verification import VerifyCall, verify_ahead, verify_calls
 from ugsd_fast.errors import VerifierUnavailable
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable
@@ -206,7 +206,7 @@ class Decoder:
         if self.draft is None:
             return [EMPTY_BLOCK] * len(requests)
         lengths = [request.next_length() for request in requests]
-        if all(isinstance(drafter, Drafter) for drafter in drafters):
+        if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
             return draft_blocks(cast(list[Drafter], drafters), lengths)
         if self._translation is not None:
             return draft_translated(cast(list[TranslatingDrafter], drafters), lengths)
@@ -223,7 +223,7 @@ class Decoder:
         delay = _FIRST_RETRY
         while pending:
             assert self.verifier is not None
-            answers = verify_calls(self.verifier, list(pending.values()))
+            answers = self._ask(list(pending.values()), [requests[index] for index in pending])
             for index, answer in zip(list(pending), answers, strict=True):
                 if not isinstance(answer, VerifierUnavailable):
                     verdicts[index] = answer
@@ -236,6 +236,14 @@ class Decoder:
                 time.sleep(delay)
                 delay = min(2 * delay, _LONGEST_RETRY)
         return verdicts
+
+    def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> list[Verdict | VerifierUnavailable]:
+        drafters = [request.drafter for request in requests]
+        ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
+        if not ahead or not all(hasattr(call.session, "submit") for call in calls):
+            return verify_calls(self.verifier, calls)
+        rooms = [min(self.config.ahead, request.room - len(call.block)) for request, call in zip(requests, calls)]
+        return verify_ahead(calls, cast(list[Drafter], drafters), rooms)
 
     def _release(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -334,7 +342,15 @@ class Decoder:
         """Tokens that end a caption: the config's, or else the verifier's (the drafter's, if there is none)."""
         if self.config.eos_token_ids is not None:
             return self.config.eos_token_ids
-        return (self.verifier or self.draft).eos_token_ids  # type: ignore[union-attr]
+        if self.verifier is None:
+            assert self.draft is not None
+            return self.draft.eos_token_ids
+        try:
+            return self.verifier.eos_token_ids
+        except VerifierUnavailable:
+            if self.draft is None or self.config.on_verifier_failure != "accept":
+                raise
+            return self.draft.eos_token_ids  # the edge begins alone
 
     def _decode_text(self, tokens: Sequence[int]) -> str:
         side = self.verifier if self._translation else self.draft or self.verifier

@@ -112,6 +112,10 @@ class Request:
         if self._stopping is not None:
             kept, stopped = self._stopping.kept(self.tokens, emitted)
             emitted, num_accepted = emitted[:kept], min(num_accepted, kept)
+        last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
+        wasted = 0
+        if isinstance(self.drafter, Drafter):
+            wasted = len(self.drafter.buffer) if last else self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,
@@ -123,6 +127,7 @@ class Request:
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,
             verified=not escalated or verdict is not None,
+            wasted=wasted,
         )
         self._trace.blocks.append(record)
         self._length.observe(record)
@@ -156,4 +161,5 @@ class Request:
             drafter_forwards=drafter.forwards if drafter else 0,
             traffic=session.traffic if session else None,
         )
-        self.result = Result(self._text.text, self.tokens, self._trace, metrics)
+        ledger = session.traffic.ledger if session else {}
+        self.result = Result(self._text.text, self.tokens, self._trace, metrics, ledger)

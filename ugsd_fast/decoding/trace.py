@@ -5,7 +5,7 @@ Everything is derived from the block records and the counters of the two models:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class BlockRecord:
         Wall time spent in the drafter and waiting for the verifier.
     verified : bool
         False where the block was escalated and the verifier failed: the draft stands unverified.
+    wasted : int
+        Tokens that were drafted ahead of this block's verdict and thrown away because of it.
     """
 
     start: int
@@ -48,6 +50,7 @@ class BlockRecord:
     draft_seconds: float
     verify_seconds: float
     verified: bool
+    wasted: int = 0
 
     @property
     def checked(self) -> bool:
@@ -101,6 +104,8 @@ class Metrics:
         Forward passes of each model.
     position_histogram : tuple of int
         How many verified blocks had their draft token accepted, by its position in the block.
+    wasted_drafts : int
+        Tokens drafted ahead and thrown away; in no block, and not among the draft tokens above.
     """
 
     acceptance_rate: float
@@ -115,15 +120,21 @@ class Metrics:
     verifier_forwards: int
     drafter_forwards: int
     position_histogram: tuple[int, ...]
+    wasted_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that crossed the network for one request, audio apart from tokens."""
+    """Bytes that crossed the network for one request, audio apart from tokens.
+
+    ``ledger`` says what left the device: bytes by kind (``audio``, ``features`` or ``embeddings``, ``prompt``,
+    ``tokens``, ``control``).
+    """
 
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     audio_bytes: int = 0
+    ledger: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -170,6 +181,7 @@ class Trace:
             position_histogram=tuple(
                 sum(block.num_accepted > position for block in verified) for position in range(longest)
             ),
+            wasted_drafts=sum(block.wasted for block in self.blocks),
         )
 
 
@@ -187,12 +199,15 @@ class Result:
         One record a block.
     metrics : Metrics
         The run summed up.
+    ledger : mapping of str to int
+        What left the device for a verifier behind a network: bytes by kind; see `Traffic`.
     """
 
     text: str
     tokens: list[int]
     trace: Trace
     metrics: Metrics
+    ledger: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """``text, tokens, blocks, metrics`` as JSON takes them."""
@@ -201,6 +216,7 @@ class Result:
             "tokens": list(self.tokens),
             "blocks": [asdict(block) for block in self.trace.blocks],
             "metrics": asdict(self.metrics),
+            **({"ledger": dict(self.ledger)} if self.ledger else {}),
         }
 
 

@@ -1,0 +1,1 @@
+"""Decoding over networks that are slow, lossy or narrow, and a server under load."""
