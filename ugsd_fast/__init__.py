@@ -14,12 +14,13 @@ if TYPE_CHECKING:
         AudioError,
         ModelError,
         UGSDError,
+        VerifierRefused,
         VerifierUnavailable,
         VocabularyMismatchError,
     )
     from ugsd_fast.models import AudioLM
     from ugsd_fast.ops import use_backend
-    from ugsd_fast.verifier import LocalVerifier
+    from ugsd_fast.verifier import LocalVerifier, RemoteVerifier
 
 __version__ = "0.1.0"
 
@@ -29,15 +30,17 @@ _HOME = {
     "Decoder": "decoding",
     "LocalVerifier": "verifier",
     "ModelError": "errors",
+    "RemoteVerifier": "verifier",
     "Result": "decoding",
     "StreamEvent": "decoding",
     "UGSDConfig": "decoding",
     "UGSDError": "errors",
+    "VerifierRefused": "errors",
     "VerifierUnavailable": "errors",
     "VocabularyMismatchError": "errors",
     "use_backend": "ops",
 }
-_SUBMODULES = ("audio", "cache", "decoding", "demo", "kernels", "models", "ops", "reference", "verifier")
+_SUBMODULES = ("audio", "cache", "decoding", "demo", "kernels", "models", "ops", "reference", "serving", "verifier")
 
 __all__ = [
     "AudioError",
@@ -45,10 +48,12 @@ __all__ = [
     "Decoder",
     "LocalVerifier",
     "ModelError",
+    "RemoteVerifier",
     "Result",
     "StreamEvent",
     "UGSDConfig",
     "UGSDError",
+    "VerifierRefused",
     "VerifierUnavailable",
     "VocabularyMismatchError",
     "__version__",

@@ -26,7 +26,7 @@ from ugsd_fast.errors import AudioError, UGSDError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ugsd_fast import AudioLM, Decoder, LocalVerifier, Result, UGSDConfig
+    from ugsd_fast import AudioLM, Decoder, LocalVerifier, RemoteVerifier, Result, UGSDConfig
     from ugsd_fast.audio import Audio
     from ugsd_fast.demo import Clip, EmbeddedPair
     from ugsd_fast.demo.run import Comparer, Comparison
@@ -59,6 +59,23 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Uplink(str, Enum):
+    """What may leave the device of the audio; as in RemoteVerifier."""
+
+    none = "none"
+    embeddings = "embeddings"
+    features = "features"
+    audio = "audio"
+
+
+class OnFailure(str, Enum):
+    """What becomes of a block that the verifier does not judge."""
+
+    accept = "accept"
+    wait = "wait"
+    raise_ = "raise"
 
 
 class Only(str, Enum):
@@ -119,6 +136,7 @@ def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
 
 
 _model, _decode, _output = (partial(_option, panel) for panel in ("Models", "Decoding", "Output"))
+_network, _capacity = (partial(_option, panel) for panel in ("Network", "Capacity"))
 _FILES = typer.Argument(metavar="FILE", help="Audio that libsndfile reads, any rate; - is a WAV on standard input.")
 
 
@@ -126,7 +144,9 @@ _FILES = typer.Argument(metavar="FILE", help="Audio that libsndfile reads, any r
 def caption(
     files: Annotated[list[str], _FILES],
     draft: Annotated[str | None, _model("Hub id or folder of the edge model.", metavar="MODEL")] = None,
-    verifier: Annotated[str | None, _model("Hub id or folder of the verifier.", metavar="MODEL")] = None,
+    verifier: Annotated[
+        str | None, _model("Hub id or folder of the verifier, or wss://… of ugsd-fast serve.", metavar="MODEL|URL")
+    ] = None,
     only: Annotated[Only | None, _model("Let one model caption alone: the baselines.")] = None,
     dtype: Annotated[Dtype | None, _model("Of the weights; by default the checkpoint's own.")] = None,
     device: Annotated[str | None, _model("Such as cpu or cuda:0; by default a GPU if there is one.")] = None,
@@ -143,6 +163,14 @@ def caption(
     ] = False,
     temperature: Annotated[float | None, _decode("0 is greedy.", min=0)] = None,
     seed: Annotated[int | None, _decode("Of the sampling.", min=0)] = None,
+    token: Annotated[str | None, _network("Bearer token of a remote verifier.", envvar="UGSD_TOKEN")] = None,
+    uplink: Annotated[
+        Uplink | None, _network("Most that may leave this device of the audio; by default the verifier's least.")
+    ] = None,
+    ca: Annotated[Path | None, _network("Authority to trust instead of the system's.", metavar="PEM")] = None,
+    on_failure: Annotated[
+        OnFailure | None, _network("When the verifier does not answer: accept the draft, wait, or raise.")
+    ] = None,
     as_json: Annotated[bool, _output("One JSON object a file: file, text, tokens, blocks, metrics.", "--json")] = False,
     report: Annotated[
         Path | None, _output("Caption by each model alone too, and write a comparison.", metavar="HTML")
@@ -168,8 +196,12 @@ def caption(
         "always_escalate": always_escalate or None,
         "temperature": temperature,
         "seed": seed,
+        "on_verifier_failure": on_failure and on_failure.value,
     }
     choice = _choose_models(draft, verifier, only and only.value, dtype and dtype.value, device, threads)
+    choice = replace(choice, network=_Network(token, uplink and uplink.value, ca))
+    if not choice.remote and (uplink or ca):
+        _fail(f"--{'uplink' if uplink else 'ca'} has no meaning without --verifier wss://…", USAGE)
     if report is not None:
         _check_writable(report)
     job = _CaptionJob(
@@ -209,6 +241,76 @@ def demo(
 
 
 @app.command()
+def serve(
+    model: Annotated[str | None, _model("Hub id or folder; by default the embedded verifier.", metavar="MODEL")] = None,
+    dtype: Annotated[Dtype | None, _model("Of the weights; by default the checkpoint's own.")] = None,
+    device: Annotated[str | None, _model("Such as cpu or cuda:0; by default a GPU if there is one.")] = None,
+    threads: Annotated[int | None, _model("CPU threads; by default 1 for the embedded pair.", min=1)] = None,
+    host: Annotated[str, _network("Address; others than this machine's own need --cert and a token.")] = "127.0.0.1",
+    port: Annotated[int, _network("0 takes a free one.", min=0, max=65535)] = 8765,
+    token: Annotated[str | None, _network("Bearer token that clients need.", envvar="UGSD_TOKEN")] = None,
+    token_file: Annotated[Path | None, _network("Lines of a name and a token each.", metavar="FILE")] = None,
+    cert: Annotated[Path | None, _network("Certificate chain.", metavar="PEM")] = None,
+    key: Annotated[Path | None, _network("Its private key.", metavar="PEM")] = None,
+    client_ca: Annotated[Path | None, _network("Authority that clients' certificates need.", metavar="PEM")] = None,
+    uplink: Annotated[
+        list[Uplink] | None,
+        _network("Level to accept, may be repeated; by default features and audio, or none for a text model."),
+    ] = None,
+    max_sessions: Annotated[int, _capacity("Open sessions.", min=1)] = 256,
+    kv_mib: Annotated[int, _capacity("Memory of keys and values, MiB; idle sessions are evicted.", min=1)] = 1024,
+    max_audio_seconds: Annotated[float, _capacity("Longest audio of a session.", min=0.1)] = 300.0,
+) -> None:
+    """Serve a verifier to devices that caption with `--verifier wss://…`.
+
+    Listens on this machine only unless told otherwise; an address that others can reach is refused without TLS and a
+    token. Audio and text are kept in memory, never in files or logs.
+    """
+    _quieten()
+    with _model_errors():
+        try:
+            from ugsd_fast.serving.security import TLS, Tokens, UnsafeServer, check_binding
+            from ugsd_fast.serving.server import serve_model
+        except ImportError as error:
+            _fail(f"{error.name} is not installed: pip install 'ugsd-fast[serve]'", USAGE)
+        from ugsd_fast import AudioLM
+        from ugsd_fast.demo import PAIR_FOLDER
+        from ugsd_fast.serving import Limits
+
+        if (cert is None) != (key is None):
+            _fail("--cert and --key belong together", USAGE)
+        if client_ca is not None and cert is None:
+            _fail("--client-ca has no meaning without --cert", USAGE)
+        tls = TLS(cert, key, client_ca) if cert and key else None
+        try:
+            tokens = Tokens.read(token_file) if token_file else Tokens({"default": token} if token else None)
+            check_binding(host, tls=tls, tokens=tokens)
+        except (UnsafeServer, ValueError, OSError) as error:
+            _fail(str(error), USAGE)
+        choice = _ModelChoice(model, model, "verifier", dtype and dtype.value, device, threads)
+        with _status("loading the verifier"):
+            settings = choice.settings()
+            audio_lm = AudioLM.from_pretrained(model or PAIR_FOLDER / "verifier", **settings)
+            try:
+                server = serve_model(
+                    audio_lm,
+                    name=model or "embedded-verifier",
+                    uplinks=[level.value for level in uplink] if uplink else None,  # type: ignore[misc]
+                    limits=Limits(
+                        max_sessions=max_sessions, kv_bytes=kv_mib << 20, max_audio_seconds=max_audio_seconds
+                    ),
+                    host=host,
+                    port=port,
+                    tokens=tokens,
+                    tls=tls,
+                )
+            except OSError as error:
+                _fail(f"cannot listen on {host}:{port} ({error.strerror or error})", USAGE)
+    _stderr().print(f"serving {server.hub.backend.model.name} at {server.url}", markup=False, soft_wrap=True)
+    server.run()
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
 ) -> None:
@@ -228,8 +330,17 @@ def doctor(
 
 
 @dataclass(frozen=True)
+class _Network:
+    """How a remote verifier is reached."""
+
+    token: str | None = None
+    uplink: str | None = None
+    ca: Path | None = None
+
+
+@dataclass(frozen=True)
 class _ModelChoice:
-    """Which models to load: the embedded pair where both names are None."""
+    """Which models to load: the embedded pair where both names are None; a verifier may be the URL of one."""
 
     draft: str | None
     verifier: str | None
@@ -237,10 +348,15 @@ class _ModelChoice:
     dtype: str | None
     device: str | None
     threads: int | None
+    network: _Network = _Network()
+
+    @property
+    def remote(self) -> bool:
+        return _is_url(self.verifier)
 
     @property
     def embedded(self) -> bool:
-        return self.draft is None and self.verifier is None
+        return self.draft is None and (self.verifier is None or self.remote)
 
     def defaults(self) -> tuple[UGSDConfig, str | None, int]:
         """Settings, prompt and longest caption that go with the models."""
@@ -253,11 +369,9 @@ class _ModelChoice:
         settings = pair_settings()
         return settings.config, settings.prompt, settings.max_new_tokens
 
-    def load(self) -> tuple[AudioLM | None, LocalVerifier | None]:
+    def settings(self) -> dict[str, Any]:
+        """Arguments of ``AudioLM.from_pretrained``; sets the number of threads."""
         import torch
-
-        from ugsd_fast import AudioLM, LocalVerifier
-        from ugsd_fast.demo import PAIR_FOLDER
 
         _no_loading_bars()
         threads = self.threads or (1 if self.embedded else None)
@@ -266,12 +380,36 @@ class _ModelChoice:
         settings: dict[str, Any] = {"device": _checked_device(self.device) or ("cpu" if self.embedded else None)}
         if self.dtype is not None:
             settings["dtype"] = getattr(torch, self.dtype)
-        draft = verifier = None
+        return settings
+
+    def load(self) -> tuple[AudioLM | None, LocalVerifier | RemoteVerifier | None]:
+        from ugsd_fast import AudioLM, LocalVerifier
+        from ugsd_fast.demo import PAIR_FOLDER
+
+        settings = self.settings()
+        draft: AudioLM | None = None
+        verifier: LocalVerifier | RemoteVerifier | None = None
         if self.only != "verifier":
             draft = AudioLM.from_pretrained(self.draft or PAIR_FOLDER / "draft", **settings)
-        if self.only != "edge":
+        if self.only != "edge" and self.remote:
+            verifier = self._connect()
+        elif self.only != "edge":
             verifier = LocalVerifier(AudioLM.from_pretrained(self.verifier or PAIR_FOLDER / "verifier", **settings))
         return draft, verifier
+
+    def _connect(self) -> RemoteVerifier:
+        import ssl
+
+        from ugsd_fast import RemoteVerifier
+
+        network, tls = self.network, None
+        assert self.verifier is not None
+        if network.ca is not None:
+            try:
+                tls = ssl.create_default_context(cafile=network.ca)
+            except OSError as error:
+                _fail(f"--ca {network.ca} cannot be used ({error.strerror or error})", USAGE)
+        return RemoteVerifier(self.verifier, token=network.token, uplink=network.uplink, tls=tls)  # type: ignore[arg-type]
 
     def names(self) -> dict[str, str]:
         """For the report."""
@@ -303,7 +441,7 @@ def _choose_models(
     device: str | None,
     threads: int | None,
 ) -> _ModelChoice:
-    if only is None and (draft is None) != (verifier is None):
+    if only is None and (draft is None) != (verifier is None) and not _is_url(verifier):
         missing = "--verifier" if verifier is None else "--draft"
         _fail(f"{missing} is missing: give both models, none for the embedded pair, or --only", USAGE)
     if only == "edge" and verifier is not None:
@@ -311,6 +449,10 @@ def _choose_models(
     if only == "verifier" and draft is not None:
         _fail("--draft has no meaning with --only verifier", USAGE)
     return _ModelChoice(draft, verifier, only, dtype, device, threads)
+
+
+def _is_url(verifier: str | None) -> bool:
+    return verifier is not None and verifier.startswith(("ws://", "wss://"))
 
 
 class _CaptionJob:

@@ -25,3 +25,7 @@ class VocabularyMismatchError(ModelError):
 
 class VerifierUnavailable(UGSDError, RuntimeError):
     """The verifier did not answer; ``UGSDConfig.on_verifier_failure`` decides what happens next."""
+
+
+class VerifierRefused(UGSDError, ValueError):
+    """The verifier cannot be used as asked: token, uplink level, limits or protocol; trying again is of no use."""

@@ -243,7 +243,15 @@ class Decoder:
         """Tokens that end a caption: the config's, or else the verifier's (the drafter's, if there is none)."""
         if self.config.eos_token_ids is not None:
             return self.config.eos_token_ids
-        return (self.verifier or self.draft).eos_token_ids  # type: ignore[union-attr]
+        if self.verifier is None:
+            assert self.draft is not None
+            return self.draft.eos_token_ids
+        try:
+            return self.verifier.eos_token_ids
+        except VerifierUnavailable:
+            if self.draft is None or self.config.on_verifier_failure != "accept":
+                raise
+            return self.draft.eos_token_ids  # the edge begins alone
 
     def _decode_text(self, tokens: Sequence[int]) -> str:
         return (self.draft or self.verifier).decode(tokens)  # type: ignore[union-attr]

@@ -138,4 +138,5 @@ class Request:
             drafter_forwards=drafter.forwards if drafter else 0,
             traffic=session.traffic if session else None,
         )
-        self.result = Result(self._text.text, self.tokens, self._trace, metrics)
+        ledger = session.traffic.ledger if session else {}
+        self.result = Result(self._text.text, self.tokens, self._trace, metrics, ledger)

@@ -5,7 +5,7 @@ Everything is derived from the block records and the counters of the two models:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -119,11 +119,16 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that crossed the network for one request, audio apart from tokens."""
+    """Bytes that crossed the network for one request, audio apart from tokens.
+
+    ``ledger`` says what left the device: bytes by kind (``audio``, ``features`` or ``embeddings``, ``prompt``,
+    ``tokens``, ``control``).
+    """
 
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     audio_bytes: int = 0
+    ledger: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -187,12 +192,15 @@ class Result:
         One record a block.
     metrics : Metrics
         The run summed up.
+    ledger : mapping of str to int
+        What left the device for a verifier behind a network: bytes by kind; see `Traffic`.
     """
 
     text: str
     tokens: list[int]
     trace: Trace
     metrics: Metrics
+    ledger: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """``text, tokens, blocks, metrics`` as JSON takes them."""
@@ -201,6 +209,7 @@ class Result:
             "tokens": list(self.tokens),
             "blocks": [asdict(block) for block in self.trace.blocks],
             "metrics": asdict(self.metrics),
+            **({"ledger": dict(self.ledger)} if self.ledger else {}),
         }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Protocol
 
 from ugsd_fast.errors import VocabularyMismatchError
@@ -26,6 +28,9 @@ def check_vocabularies(draft: HasTokenizer, verifier: HasTokenizer) -> None:
     VocabularyMismatchError
         Naming how many tokens differ, and the first of them.
     """
+    expect = getattr(verifier, "expect_vocabulary", None)  # of a remote verifier: no need to fetch its tokenizer
+    if expect is not None and draft.tokenizer is not None and expect(fingerprint(draft.tokenizer)):
+        return
     if draft.tokenizer is None or verifier.tokenizer is None:
         return
     ours, theirs = _text_vocabulary(draft.tokenizer), _text_vocabulary(verifier.tokenizer)
@@ -40,6 +45,14 @@ def check_vocabularies(draft: HasTokenizer, verifier: HasTokenizer) -> None:
         f"vocabularies differ in {len(differing)} of {len(ours.keys() | theirs.keys())} text tokens: {token!r} is "
         f"{ours.get(token)} for the drafter and {theirs.get(token)} for the verifier, expected the same token ids"
     )
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A digest of a tokenizer's text tokens and their ids; empty for None."""
+    if tokenizer is None:
+        return ""
+    listed = sorted((index, token) for token, index in _text_vocabulary(tokenizer).items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _text_vocabulary(tokenizer: Any) -> dict[str, int]:

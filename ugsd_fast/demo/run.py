@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ugsd_fast.audio import Audio
 
 if TYPE_CHECKING:
-    from ugsd_fast import AudioLM, LocalVerifier, UGSDConfig
+    from ugsd_fast import AudioLM, UGSDConfig
     from ugsd_fast.decoding import Result
+    from ugsd_fast.verifier import Verifier
 
 Method = Literal["edge", "ugsd", "verifier", "lossless"]
 THREE_WAYS: tuple[Method, ...] = ("edge", "ugsd", "verifier")
@@ -181,7 +182,7 @@ class Comparer:
     ----------
     draft : AudioLM or None
         Without one, only the verifier's captions are made.
-    verifier : LocalVerifier or None
+    verifier : Verifier or None
         Without one, only the drafter's.
     config : UGSDConfig
         Of UGSD; the other methods are derived from it.
@@ -198,7 +199,7 @@ class Comparer:
     def __init__(
         self,
         draft: AudioLM | None,
-        verifier: LocalVerifier | None,
+        verifier: Verifier | None,
         config: UGSDConfig,
         *,
         prompt: str | None = None,

@@ -32,7 +32,10 @@ class Verdict:
 class VerifierSession(Protocol):
     """One request at a verifier, which keeps its own prompt, audio and cache."""
 
-    traffic: Traffic
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that crossed the network so far."""
+        ...
 
     @property
     def forwards(self) -> int:
@@ -65,14 +68,25 @@ class VerifierSession(Protocol):
 
 
 class Verifier(Protocol):
-    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network.
+    """A model that judges drafts: in this process (`LocalVerifier`) or behind a network (`RemoteVerifier`).
 
     One that can judge blocks of several sessions at once has a ``verify_batch``, too: see `LocalVerifier.verify_batch`.
     """
 
-    eos_token_ids: frozenset[int]
-    max_audio_seconds: float | None
-    tokenizer: Any
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a caption."""
+        ...
+
+    @property
+    def max_audio_seconds(self) -> float | None:
+        """Longest audio that it takes, None where there is no limit."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, None where none is known."""
+        ...
 
     def open(
         self,
