@@ -305,7 +305,7 @@ class TestBadModels:
         def refuse(*_: object) -> None:
             raise errors.VocabularyMismatchError("vocabularies differ in 3 of 448 text tokens")
 
-        monkeypatch.setattr("ugsd_fast.decoding.decoder.check_vocabularies", refuse)
+        monkeypatch.setattr("ugsd_fast.decoding.decoder.translation_between", refuse)
         result = run("caption", clip)
         assert result.exit_code == 4
         assert "vocabularies differ" in one_line(result)

@@ -53,6 +53,10 @@ class UGSDConfig:
         round-trip times and the acceptance so far. See `ugsd_fast.decoding.block_length`.
     min_block, max_block : int, optional
         Bounds of an adaptive block length; ``max_block`` is by default four times ``block_size``.
+    ahead : int
+        Most tokens drafted while a block is at a verifier behind a network, on the assumption that it stands and is
+        followed by the drafter's own next token; thrown away where it is not. 0: none. A verifier in this process
+        answers before anything could be drafted.
     graph : bool
         Draft in a static cache, with a step that runs at fixed addresses: on a GPU it is captured once in a CUDA graph
         and replayed. On other devices the same step runs uncaptured. Batches decode one by one.
@@ -93,6 +97,7 @@ class UGSDConfig:
     adaptive: Adaptive = "fixed"
     min_block: int = 1
     max_block: int | None = None
+    ahead: int = 0
     graph: bool = False
     eos_token_id: int | Sequence[int] | None = None
     on_verifier_failure: OnVerifierFailure = "accept"
@@ -113,7 +118,10 @@ class UGSDConfig:
         kinds = {"rule": Rule, "gate": Gate, "adaptive": Adaptive, "on_verifier_failure": OnVerifierFailure}
         for name, kind in kinds.items():
             _require(self, name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
+        _require(self, "ahead", _is_int(self.ahead) and self.ahead >= 0, "an integer >= 0")
         _require(self, "graph", isinstance(self.graph, bool), "True or False")
+        if self.ahead and self.graph:
+            raise ValueError(f"UGSDConfig: ahead={self.ahead} with graph=True, expected one of them")
         _require(self, "min_block", _is_int(self.min_block) and self.min_block >= 1, "an integer >= 1")
         longest = self.max_block is None or (_is_int(self.max_block) and self.max_block >= self.min_block)
         _require(self, "max_block", longest, f"an integer >= min_block={self.min_block}")

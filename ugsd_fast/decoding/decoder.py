@@ -8,15 +8,17 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ugsd_fast.audio import load_audio
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
+from ugsd_fast.decoding.processors import NO_STEERING, LogitsProcessors, Processed, Steering, Stopping
 from ugsd_fast.decoding.request import Request
 from ugsd_fast.decoding.trace import StreamEvent
-from ugsd_fast.decoding.verification import VerifyCall, verify_calls
-from ugsd_fast.decoding.vocabulary import check_vocabularies
+from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
+from ugsd_fast.decoding.verification import VerifyCall, verify_ahead, verify_calls
 from ugsd_fast.errors import VerifierUnavailable
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable
@@ -24,6 +26,10 @@ from ugsd_fast.models.static_sequence import check_replayable
 if TYPE_CHECKING:
     from ugsd_fast.verifier.base import Verdict, Verifier, VerifierSession
 
+NO_VERIFIER_INPUTS = (
+    "Decoder: verifier_inputs is None, expected prepared inputs for the verifier beside inputs "
+    "(the two models never share inputs: each has its own processor and prompt)"
+)
 _FIRST_RETRY, _LONGEST_RETRY = 0.05, 5.0  # seconds
 
 
@@ -46,7 +52,7 @@ class Decoder:
     ModelError
         If ``config.graph`` is set and the drafter's steps cannot be replayed.
     VocabularyMismatchError
-        If the two models give the same token id different meanings.
+        If the two models have different tokenizers, and ``rule`` ("exact", "block") or ``graph`` need them to be one.
 
     Notes
     -----
@@ -66,11 +72,12 @@ class Decoder:
     def __init__(self, draft: AudioLM | None, verifier: Verifier | None, config: UGSDConfig | None = None):
         if draft is None and verifier is None:
             raise ValueError("Decoder: draft and verifier are both None, expected at least one of them")
-        if draft is not None and verifier is not None:
-            check_vocabularies(draft, verifier)
         self.draft = draft
         self.verifier = verifier
         self.config = config or UGSDConfig()
+        self._translation = None
+        if draft is not None and verifier is not None:
+            self._translation = translation_between(draft, verifier, self.config, self.eos_token_ids)
         if self.config.graph and draft is not None:
             check_replayable(draft.model, draft.family)
         self._idle_graphs: list[DraftGraph] = []
@@ -84,6 +91,8 @@ class Decoder:
         verifier_inputs: Mapping[str, Tensor] | list[Mapping[str, Tensor]] | None = None,
         max_new_tokens: int = 128,
         max_batch_size: int = 16,
+        logits_processor: LogitsProcessors | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
     ) -> Any:
         """Caption one input, or each of a list.
 
@@ -104,6 +113,12 @@ class Decoder:
             Most tokens a caption may have.
         max_batch_size : int
             Requests of a list that are decoded at the same time.
+        logits_processor : LogitsProcessorList or "generation_config", optional
+            transformers' processors, applied to both models' scores with the verifier's prompt and the generated tokens
+            as prefix (the drafter's prompt, where there is no verifier in this process). ``"generation_config"`` stands
+            for those that the verifier's own ``generate`` would apply: suppressed tokens, penalties, lengths.
+        stopping_criteria : StoppingCriteriaList, optional
+            Asked after each token that is final; the caption ends behind the first that one says yes to.
 
         Returns
         -------
@@ -112,6 +127,8 @@ class Decoder:
 
         Raises
         ------
+        ValueError
+            If a logits processor or stopping criterion cannot be honoured, which the message names.
         AudioError, ModelError
             If an input cannot be read or prepared.
         VerifierUnavailable
@@ -122,9 +139,10 @@ class Decoder:
         given = {"audio": audio, "prompt": prompt, "inputs": inputs, "verifier_inputs": verifier_inputs}
         lists = [value for name, value in given.items() if isinstance(value, list) and name != "prompt"]
         count = len(lists[0]) if lists else None
+        steering = Steering(logits_processor, stopping_criteria).check(1 if count is None else count)
         columns = [_column(name, value, count) for name, value in given.items()]
         arrivals = (
-            self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row)
+            self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row, steering)
             for row, (clip, text, draft_inputs, judge_inputs) in enumerate(zip(*columns, strict=True))
         )
         # A draft graph has addresses of its own for one request.
@@ -140,12 +158,15 @@ class Decoder:
         inputs: Mapping[str, Tensor] | None = None,
         verifier_inputs: Mapping[str, Tensor] | None = None,
         max_new_tokens: int = 128,
+        logits_processor: LogitsProcessors | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
     ) -> Iterator[StreamEvent]:
         """Caption one input, yielding text as it becomes final; the last event carries the `Result`.
 
         Takes what `generate` takes, but one input only.
         """
-        request = self._open(audio, prompt, inputs, verifier_inputs, max_new_tokens)
+        steering = Steering(logits_processor, stopping_criteria).check(1)
+        request = self._open(audio, prompt, inputs, verifier_inputs, max_new_tokens, 0, steering)
         return (event for _, event in self._run(iter([request]), 1))
 
     def _run(self, arrivals: Iterator[Request], room: int) -> Iterator[tuple[Request, StreamEvent]]:
@@ -174,8 +195,10 @@ class Decoder:
         if self.draft is None:
             return [EMPTY_BLOCK] * len(requests)
         lengths = [request.next_length() for request in requests]
-        if all(isinstance(drafter, Drafter) for drafter in drafters):
+        if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
             return draft_blocks(cast(list[Drafter], drafters), lengths)
+        if self._translation is not None:
+            return draft_translated(cast(list[TranslatingDrafter], drafters), lengths)
         return [drafter.draft(length) for drafter, length in zip(drafters, lengths, strict=True) if drafter]
 
     def _verify(self, requests: Sequence[Request], blocks: Sequence[DraftBlock]) -> list[Verdict | None]:
@@ -189,7 +212,7 @@ class Decoder:
         delay = _FIRST_RETRY
         while pending:
             assert self.verifier is not None
-            answers = verify_calls(self.verifier, list(pending.values()))
+            answers = self._ask(list(pending.values()), [requests[index] for index in pending])
             for index, answer in zip(list(pending), answers, strict=True):
                 if not isinstance(answer, VerifierUnavailable):
                     verdicts[index] = answer
@@ -202,6 +225,14 @@ class Decoder:
                 time.sleep(delay)
                 delay = min(2 * delay, _LONGEST_RETRY)
         return verdicts
+
+    def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> list[Verdict | VerifierUnavailable]:
+        drafters = [request.drafter for request in requests]
+        ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
+        if not ahead or not all(hasattr(call.session, "submit") for call in calls):
+            return verify_calls(self.verifier, calls)
+        rooms = [min(self.config.ahead, request.room - len(call.block)) for request, call in zip(requests, calls)]
+        return verify_ahead(calls, cast(list[Drafter], drafters), rooms)
 
     def _release(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -217,6 +248,7 @@ class Decoder:
         verifier_inputs: Mapping[str, Tensor] | None,
         max_new_tokens: int,
         row: int = 0,
+        steering: Steering = NO_STEERING,
     ) -> Request:
         if (audio is None) == (inputs is None and verifier_inputs is None):
             raise ValueError("Decoder: got both or neither of audio and prepared inputs, expected one of them")
@@ -227,16 +259,59 @@ class Decoder:
             limits = [side.max_audio_seconds for side in (self.draft, self.verifier) if side is not None]
             audio = load_audio(audio, max_seconds=min((limit for limit in limits if limit is not None), default=None))
         config = self.config.of_row(row)
+        if audio is not None and self.draft is not None:
+            inputs = self.draft.prepare(audio, prompt)
+        processors = stopping = None
+        if steering != NO_STEERING:
+            model, heard = self._steered(steering, audio, prompt, inputs, verifier_inputs)
+            ids = model.prompt_ids(heard).to(model.device)
+            processors = steering.processors(model.model, ids, row)
+            stopping = Stopping(steering.stopping_criteria, ids) if steering.stopping_criteria else None
+            if model is not self.draft:
+                verifier_inputs = heard  # prepared already
+        drafter = self._open_drafter(inputs, max_new_tokens, config)
+        if processors is not None and isinstance(drafter, Drafter):
+            drafter.processed = Processed(processors, ids.to(drafter.pending.device), vocab_size=model.vocab_size)
         return Request(
-            self._open_drafter(audio, prompt, inputs, max_new_tokens, config),
-            self._open_verifier(audio, prompt, verifier_inputs, config),
+            drafter,
+            self._open_verifier(audio, prompt, verifier_inputs, config, processors),
             config,
             row=row,
             eos_token_ids=self.eos_token_ids,
             max_new_tokens=max_new_tokens,
             decode=self._decode_text,
             started=started,
+            stopping=stopping,
         )
+
+    def _steered(
+        self,
+        steering: Steering,
+        audio: Any,
+        prompt: str | None,
+        inputs: Mapping[str, Tensor] | None,
+        verifier_inputs: Mapping[str, Tensor] | None,
+    ) -> tuple[AudioLM, Mapping[str, Tensor]]:
+        """The model whose prompt is the prefix of processors and criteria, and its prepared inputs."""
+        judge: AudioLM | None = getattr(self.verifier, "model", None)
+        if steering.logits_processor is not None:
+            if self.config.graph or self._translation is not None:
+                what = "graph=True" if self.config.graph else "models with different tokenizers"
+                raise ValueError(f"Decoder: logits_processor is given with {what}, expected None there")
+            if self.verifier is not None and judge is None:
+                raise ValueError(
+                    f"Decoder: logits_processor is given with a {type(self.verifier).__name__}, expected a verifier in "
+                    "this process (Python objects do not cross the network)"
+                )
+        if judge is None:
+            if self.draft is None or inputs is None:
+                raise ValueError("Decoder: stopping_criteria are given, expected a model in this process or its inputs")
+            return self.draft, inputs
+        if verifier_inputs is None and audio is not None:
+            verifier_inputs = judge.prepare(audio, prompt)
+        if verifier_inputs is None:
+            raise ValueError(NO_VERIFIER_INPUTS)
+        return judge, verifier_inputs
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -254,32 +329,30 @@ class Decoder:
             return self.draft.eos_token_ids  # the edge begins alone
 
     def _decode_text(self, tokens: Sequence[int]) -> str:
-        return (self.draft or self.verifier).decode(tokens)  # type: ignore[union-attr]
+        side = self.verifier if self._translation else self.draft or self.verifier
+        return side.decode(tokens)  # type: ignore[union-attr]
 
     def _open_drafter(
-        self,
-        audio: Any,
-        prompt: str | None,
-        inputs: Mapping[str, Tensor] | None,
-        max_new_tokens: int,
-        config: UGSDConfig,
-    ) -> Drafter | DraftGraph | None:
+        self, inputs: Mapping[str, Tensor] | None, max_new_tokens: int, config: UGSDConfig
+    ) -> Drafter | DraftGraph | TranslatingDrafter | None:
         if self.draft is None:
             return None
-        if audio is None and inputs is None:
+        if inputs is None:
             raise ValueError("Decoder: inputs is None, expected prepared inputs for the drafter beside verifier_inputs")
-        prepared = dict(inputs) if inputs is not None else self.draft.prepare(audio, prompt)
+        prepared = dict(inputs)
         if self.config.graph:
             self.draft.check_placeholders(prepared)
             prepared = self.draft.to_device(prepared)
             return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
-        return Drafter(
+        translation, vocab_size = self._translation, self.draft.vocab_size
+        drafter = Drafter(
             self.draft.open(prepared),
             config,
-            eos_token_ids=self.eos_token_ids,
-            vocab_size=self.draft.vocab_size,
+            eos_token_ids=translation.drafter.ends if translation else self.eos_token_ids,
+            vocab_size=vocab_size,
             device=self.draft.device,
         )
+        return TranslatingDrafter(drafter, translation, vocab_size=vocab_size) if translation else drafter
 
     def _graph_of(self, capacity: int) -> DraftGraph:
         """A draft graph that nobody uses and that holds as many tokens, the smallest there is."""
@@ -292,16 +365,19 @@ class Decoder:
         return DraftGraph(self.draft, self.config, eos_token_ids=self.eos_token_ids, capacity=capacity)
 
     def _open_verifier(
-        self, audio: Any, prompt: str | None, inputs: Mapping[str, Tensor] | None, config: UGSDConfig
+        self,
+        audio: Any,
+        prompt: str | None,
+        inputs: Mapping[str, Tensor] | None,
+        config: UGSDConfig,
+        processors: LogitsProcessorList | None,
     ) -> VerifierSession | None:
         if self.verifier is None:
             return None
         if audio is None and inputs is None:
-            raise ValueError(
-                "Decoder: verifier_inputs is None, expected prepared inputs for the verifier beside inputs "
-                "(the two models never share inputs: each has its own processor and prompt)"
-            )
-        return self.verifier.open(config, audio=audio, prompt=prompt, inputs=inputs)
+            raise ValueError(NO_VERIFIER_INPUTS)
+        steered: dict[str, Any] = {} if processors is None else {"logits_processor": processors}
+        return self.verifier.open(config, audio=audio, prompt=prompt, inputs=inputs, **steered)
 
 
 def _column(name: str, value: Any, count: int | None) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
+from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -69,6 +70,8 @@ class Drafter:
         Tokens that end a caption.
     vocab_size : int
         Columns of the edge model's logits; a verifier's token beyond them cannot be fed to it.
+    processed : Processed, optional
+        What its logits go through before a token is drawn.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Drafter:
         eos_token_ids: frozenset[int],
         vocab_size: int,
         device: torch.device,
+        processed: Processed | None = None,
     ):
         self.sequence = sequence
         self.config = config
@@ -86,8 +90,12 @@ class Drafter:
         self.pending = torch.zeros(1, 0, dtype=torch.long, device=device)  # final, but not in the cache yet
         self.drafted = 0  # length of the block in flight; all but its last token are in the cache
         self.draws = 0
+        self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
+        self._ends = eos_token_ids
+        self._final = 0
+        self.processed = processed
+        self.last_token = vocab_size - 1
         self._device = device
-        self._last_token = vocab_size - 1
 
     @property
     def forwards(self) -> int:
@@ -95,17 +103,65 @@ class Drafter:
         return self.sequence.forwards
 
     def draft(self, length: int) -> DraftBlock:
-        """Draft `length` tokens, K, in as many forward passes; ``adaptive="entropy"`` may stop before."""
-        return draft_blocks([self], [length])[0]
+        """Draft `length` tokens, K, in as many forward passes; ``adaptive="entropy"`` may stop before.
+
+        Tokens that were drafted ahead come first.
+        """
+        if not self.buffer:
+            return draft_blocks([self], [length])[0]
+        while len(self.buffer) < length and not self._ended(self.buffer[-1]):
+            draft_ahead([self])
+        steps = self.buffer[:length]
+        tokens = torch.cat([step.tokens for step in steps], 1)
+        entropy = torch.tensor([[step.entropy[0] for step in steps]], device=self._device)
+        kept = [step.logits for step in steps if step.logits is not None]
+        record = gate(tokens, entropy, self.config, self.eos)[0].tolist()
+        block = block_of(record, tokens, torch.cat(kept, 1) if kept else None)
+        self.drafted = len(block)
+        del self.buffer[: len(block)]
+        return block
+
+    def goes_on(self, block: DraftBlock) -> bool:
+        """Whether anything can follow what was drafted behind `block`, and behind `block` itself."""
+        return len(block) == self.drafted and not self._ended(self.buffer[-1] if self.buffer else block)
+
+    def wasted(self, num_accepted: int, next_token: int) -> int:
+        """How many tokens drafted ahead `commit` would throw away."""
+        return 0 if self._foreseen(num_accepted, next_token) else len(self.buffer)
 
     def commit(self, num_accepted: int, next_token: int) -> None:
-        """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none)."""
+        """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none).
+
+        What was drafted ahead stays if that is what it was drafted for, and is taken back otherwise.
+        """
+        self._final += num_accepted + (next_token >= 0)
+        if self.buffer and self._foreseen(num_accepted, next_token):
+            del self.buffer[: next_token >= 0]
+            return
+        self.drafted += len(self.buffer)
+        self.buffer.clear()
+        self._settle(num_accepted, next_token)
+        if self.config.ahead:  # the draws of a position do not depend on when verdicts came
+            self.draws = self._final
+
+    def _foreseen(self, num_accepted: int, next_token: int) -> bool:
+        guessed = next_token < 0 or (bool(self.buffer) and self.buffer[0].token_ids[0] == next_token)
+        return num_accepted == self.drafted and guessed
+
+    def _ended(self, block: DraftBlock) -> bool:
+        return bool(len(block)) and block.token_ids[-1] in self._ends
+
+    def _settle(self, num_accepted: int, next_token: int) -> None:
         cached = self.drafted - 1
         if num_accepted < cached:
             self.sequence.rollback(cached - num_accepted)
+        if self.processed is not None:
+            self.processed.truncate(self.processed.length - self.drafted + num_accepted)
+            if next_token >= 0:
+                self.processed.append(torch.tensor([[next_token]], device=self._device))
         kept = self.pending[:, : num_accepted - cached] if num_accepted > cached else self.pending[:, :0]
         if next_token >= 0:
-            fed = torch.full((1, 1), min(next_token, self._last_token), dtype=torch.long, device=self._device)
+            fed = torch.full((1, 1), min(next_token, self.last_token), dtype=torch.long, device=self._device)
             kept = torch.cat([kept, fed], dim=1)
         self.pending = kept
 
@@ -132,10 +188,15 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     for step in range(width):
         at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
+        if at[0].processed is not None:
+            rows_of_z = zip(at, z.split(1), strict=True)
+            z = torch.cat([one.processed.scores(own) for one, own in rows_of_z if one.processed is not None])
         token, entropy = draw(z, config, offset + step)
-        fed = token.clamp(min=0)[:, None]  # a row with nothing finite draws -1
+        fed = token.clamp(min=0, max=at[0].last_token)[:, None]  # a row with nothing finite draws -1
         for one, own in zip(at, fed.split(1) if len(at) > 1 else (fed,), strict=True):
             one.pending = own
+            if one.processed is not None:
+                one.processed.append(own)
         if config.rule in RULES_WITH_DRAFT_LOGITS:
             for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
                 logits[row].append(filtered)
@@ -162,6 +223,15 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         block_of(record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
+
+
+def draft_ahead(drafters: Sequence[Drafter]) -> None:
+    """Draft one token more for each request, behind its block in flight and what was drafted ahead before."""
+    lengths = [drafter.drafted for drafter in drafters]
+    steps = draft_blocks(drafters, [1] * len(drafters))
+    for drafter, length, step in zip(drafters, lengths, steps, strict=True):
+        drafter.drafted = length
+        drafter.buffer.append(step)
 
 
 def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ from ugsd_fast.decoding.block_length import BlockLength, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter
+from ugsd_fast.decoding.processors import Stopping
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
+from ugsd_fast.decoding.translation import TranslatingDrafter
 from ugsd_fast.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class Request:
 
     Parameters
     ----------
-    drafter : Drafter, DraftGraph or None
+    drafter : Drafter, DraftGraph, TranslatingDrafter or None
         Drafts this request; None where the verifier decodes alone.
     session : VerifierSession or None
         Judges it; None where nobody does.
@@ -39,11 +41,13 @@ class Request:
         Token ids -> text.
     started : float
         ``time.perf_counter()`` when the caller asked.
+    stopping : Stopping, optional
+        What else may end the caption.
     """
 
     def __init__(
         self,
-        drafter: Drafter | DraftGraph | None,
+        drafter: Drafter | DraftGraph | TranslatingDrafter | None,
         session: VerifierSession | None,
         config: UGSDConfig,
         *,
@@ -52,6 +56,7 @@ class Request:
         max_new_tokens: int,
         decode: Callable[[Sequence[int]], str],
         started: float,
+        stopping: Stopping | None = None,
     ):
         self.drafter = drafter
         self.session = session
@@ -63,6 +68,7 @@ class Request:
         self._eos = eos_token_ids
         self._max_new_tokens = max_new_tokens
         self._started = started
+        self._stopping = stopping
         self._first_token = 0.0
         self._length: BlockLength = block_length(config)
         self._trace = Trace()
@@ -98,6 +104,14 @@ class Request:
         emitted = block.token_ids[:num_accepted] + ((next_token,) if next_token >= 0 else ())
         if not emitted:
             raise ModelError("Decoder: the verifier's logits have no finite value, expected a next token")
+        stopped = False
+        if self._stopping is not None:
+            kept, stopped = self._stopping.kept(self.tokens, emitted)
+            emitted, num_accepted = emitted[:kept], min(num_accepted, kept)
+        last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
+        wasted = 0
+        if isinstance(self.drafter, Drafter):
+            wasted = len(self.drafter.buffer) if last else self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,
@@ -109,6 +123,7 @@ class Request:
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,
             verified=not escalated or verdict is not None,
+            wasted=wasted,
         )
         self._trace.blocks.append(record)
         self._length.observe(record)
@@ -116,7 +131,6 @@ class Request:
         self.unseen = [] if verdict else [*self.unseen, *emitted]
         latency = time.perf_counter() - self._started
         self._first_token = self._first_token or latency
-        last = not self.room or emitted[-1] in self._eos
         delta = self._text.extend(emitted, final=last)
         if last:
             self._finish(latency)

@@ -36,6 +36,8 @@ class BlockRecord:
         Wall time spent in the drafter and waiting for the verifier.
     verified : bool
         False where the block was escalated and the verifier failed: the draft stands unverified.
+    wasted : int
+        Tokens that were drafted ahead of this block's verdict and thrown away because of it.
     """
 
     start: int
@@ -48,6 +50,7 @@ class BlockRecord:
     draft_seconds: float
     verify_seconds: float
     verified: bool
+    wasted: int = 0
 
     @property
     def checked(self) -> bool:
@@ -101,6 +104,8 @@ class Metrics:
         Forward passes of each model.
     position_histogram : tuple of int
         How many verified blocks had their draft token accepted, by its position in the block.
+    wasted_drafts : int
+        Tokens drafted ahead and thrown away; in no block, and not among the draft tokens above.
     """
 
     acceptance_rate: float
@@ -115,6 +120,7 @@ class Metrics:
     verifier_forwards: int
     drafter_forwards: int
     position_histogram: tuple[int, ...]
+    wasted_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +181,7 @@ class Trace:
             position_histogram=tuple(
                 sum(block.num_accepted > position for block in verified) for position in range(longest)
             ),
+            wasted_drafts=sum(block.wasted for block in self.blocks),
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.drafter import DraftBlock, Drafter, draft_ahead
 from ugsd_fast.errors import VerifierUnavailable
 
 if TYPE_CHECKING:
@@ -19,6 +20,31 @@ class VerifyCall(NamedTuple):
     committed: Sequence[int]
     block: DraftBlock
     bonus: bool
+
+
+def verify_ahead(
+    calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int]
+) -> list[Verdict | VerifierUnavailable]:
+    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead."""
+    futures = [session.submit(committed, block, bonus=bonus) for session, committed, block, bonus in calls]
+    while waiting := [index for index, future in enumerate(futures) if not future.done()]:
+        able = [
+            drafters[index]
+            for index in waiting
+            if len(drafters[index].buffer) < rooms[index] and drafters[index].goes_on(calls[index].block)
+        ]
+        if able:
+            draft_ahead(able)
+        else:
+            wait([futures[index] for index in waiting])
+    return [_outcome(future) for future in futures]
+
+
+def _outcome(future: Future[Verdict]) -> Verdict | VerifierUnavailable:
+    try:
+        return future.result()
+    except VerifierUnavailable as error:
+        return error
 
 
 def verify_calls(verifier: Any, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:

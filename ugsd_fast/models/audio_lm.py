@@ -14,7 +14,7 @@ from torch import Tensor
 from ugsd_fast.audio import load_audio
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.attention import best_attention
-from ugsd_fast.models.encoder_decoder import EncoderDecoderSequence
+from ugsd_fast.models.encoder_decoder import EncoderDecoderSequence, decoder_prompt
 from ugsd_fast.models.families import FAMILIES, REFUSED, Family, family_of, refuse_unsupported
 from ugsd_fast.models.processors import load_processor
 from ugsd_fast.models.sequence import CachedSequence
@@ -220,6 +220,12 @@ class AudioLM:
             for name in ("input_features", "feature_attention_mask"):
                 inputs[name] = inputs[name][..., :frames]
         return self.to_device(inputs)
+
+    def prompt_ids(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token ids [1, P] that generated tokens follow: ``input_ids``, or what an encoder-decoder starts with."""
+        if self.family is not None and self.family.is_encoder_decoder:
+            return decoder_prompt(self.model, inputs)
+        return inputs["input_ids"]
 
     def to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `inputs` on the model's device, floating-point ones in the model's dtype."""

@@ -38,11 +38,8 @@ class EncoderDecoderSequence(CachedSequence):
         self.model = model
         self._audio = dict(inputs)
         self._audio_mask = self._audio.get("attention_mask")
-        start = self._audio.pop("decoder_input_ids", None)
-        if start is None:
-            rows = next(iter(self._audio.values())).shape[0]
-            start = torch.full((rows, 1), _start_token(model), dtype=torch.long, device=model.device)
-        self._start = start
+        self._start = decoder_prompt(model, self._audio)
+        self._audio.pop("decoder_input_ids", None)
         self._heard: Any = None
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
@@ -100,6 +97,11 @@ class EncoderDecoderSequence(CachedSequence):
             )
 
 
-def _start_token(model: Any) -> int:
+def decoder_prompt(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """``decoder_input_ids`` [B, P], by default the model's start token alone."""
+    if "decoder_input_ids" in inputs:
+        return inputs["decoder_input_ids"]
     named = model.generation_config.decoder_start_token_id
-    return int(model.config.decoder_start_token_id if named is None else named)
+    start = int(model.config.decoder_start_token_id if named is None else named)
+    rows = next(iter(inputs.values())).shape[0]
+    return torch.full((rows, 1), start, dtype=torch.long, device=model.device)

@@ -207,6 +207,7 @@ class ClientSession:
         self._seq = self._abandoned = self._base = 0
         self._known: list[int] = []  # of the caption, as of the last verdict
         self._draws = 0
+        self._alone = True  # no draft so far: the verifier writes the caption
         self._stream: Generate | None = None
         self._streamed = 0
         self._stream_link: Link | None = None  # that the stream's frame went over
@@ -223,8 +224,9 @@ class ClientSession:
         self, committed: Sequence[int], draft: Sequence[int], *, bonus: bool, top_k: int = 0, logits: bytes = b""
     ) -> Verdict:
         """The verdict on a block; raises `VerifierUnavailable`, and then is as it was before."""
-        if not len(draft) and bonus and not logits:
-            return await self._within_deadline(self._next_token(committed))
+        self._alone = self._alone and not len(draft) and not committed and bonus
+        if self._alone:
+            return await self._within_deadline(self._next_token())
         return await self._within_deadline(self._verify(committed, draft, bonus, top_k, logits))
 
     async def close(self) -> None:
@@ -275,14 +277,12 @@ class ClientSession:
         self._advance()
         return reply
 
-    async def _next_token(self, committed: Sequence[int]) -> Verdict:
+    async def _next_token(self) -> Verdict:
         """The verifier's own next token: it goes on writing before it is asked for the one after."""
-        if committed:
-            self._end_stream()
 
         def frame() -> Generate | None:
             if self._stream is None:
-                behind = [*self._known[self._base :], *committed]
+                behind = self._known[self._base :]
                 eos = sorted(self._eos if self._eos is not None else self._endpoint.model.eos)  # type: ignore[union-attr]
                 self._stream = Generate(self._seq, self._base, behind, self._ahead, eos, self._draws, self._abandoned)
                 self._streamed = 0
@@ -296,7 +296,7 @@ class ClientSession:
             return reply if awaited else None
 
         reply = await self._exchange(frame, token)
-        self._known += [*committed, reply.token] if reply.token >= 0 else committed
+        self._known += [reply.token] if reply.token >= 0 else []
         self._draws += 1
         self._streamed += 1
         if reply.last:

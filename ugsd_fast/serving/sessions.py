@@ -26,6 +26,7 @@ from ugsd_fast.serving.protocol import Close, Error, Generate, Open, Opened, Res
 _log = logging.getLogger(__name__)
 
 REPLIES_KEPT = 8
+_NUMBERS = 1 << 53
 
 
 class Refusal(Exception):
@@ -374,6 +375,8 @@ class Connection:
         return judged
 
     def _known_or_checked(self, session: Session, frame: Verify | Generate, data: bytes) -> _Reply:
+        if not all(0 <= number < _NUMBERS for number in (frame.seq, frame.abandoned, frame.draw)):
+            raise Refusal("bad_frame", "a number is negative or too large")
         digest = hashlib.blake2b(data, digest_size=16).digest()
         known = session.reply(frame.seq, frame.abandoned, digest)
         if known is not None:
@@ -390,8 +393,6 @@ class Connection:
             raise Refusal("refused", f"a block of {len(draft)} tokens, expected at most {limits.max_block}")
         if new < 1 or frame.base + len(frame.committed) + new > limits.max_tokens:
             raise Refusal("refused", f"{new} more tokens, expected at least 1 and {limits.max_tokens} in all at most")
-        if frame.seq < 0 or frame.abandoned < 0 or not 0 <= frame.draw < 2**62:
-            raise Refusal("bad_frame", "a number is negative or too large")
         if isinstance(frame, Verify) and not 0 <= frame.top_k <= 100:
             raise Refusal("refused", f"top_k is {frame.top_k}, expected 0 to 100")
         if any(not 0 <= token < 2**31 for token in frame.committed) or any(abs(token) >= 2**31 for token in draft):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import DraftBlock
@@ -95,8 +96,15 @@ class Verifier(Protocol):
         audio: Any = None,
         prompt: str | None = None,
         inputs: Mapping[str, Tensor] | None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
     ) -> VerifierSession:
-        """Start a session on audio and prompt, or on prepared inputs. Nothing is computed before the first block."""
+        """Start a session on audio and prompt, or on prepared inputs. Nothing is computed before the first block.
+
+        Raises
+        ------
+        ValueError
+            If there are logits processors and the verifier cannot apply them.
+        """
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:

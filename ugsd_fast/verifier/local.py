@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, filter_logits
+from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.errors import VerifierUnavailable
@@ -51,13 +53,19 @@ class LocalVerifier:
         audio: Any = None,
         prompt: str | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
     ) -> LocalSession:
         """Start a session on audio and prompt, or on prepared inputs; see `Verifier.open`."""
 
         def prepare() -> dict[str, Tensor]:
             return dict(inputs) if inputs is not None else self.model.prepare(audio, prompt)
 
-        return LocalSession(self.model, prepare, config)
+        processed = None
+        if logits_processor is not None:
+            inputs = prepare()
+            ids = self.model.prompt_ids(inputs).to(self.model.device)
+            processed = Processed(logits_processor, ids, vocab_size=self.model.vocab_size)
+        return LocalSession(self.model, prepare, config, processed)
 
     @torch.inference_mode()
     def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
@@ -112,7 +120,13 @@ class LocalSession:
     verifier nothing.
     """
 
-    def __init__(self, model: AudioLM, prepare: Callable[[], dict[str, Tensor]], config: UGSDConfig):
+    def __init__(
+        self,
+        model: AudioLM,
+        prepare: Callable[[], dict[str, Tensor]],
+        config: UGSDConfig,
+        processed: Processed | None = None,
+    ):
         self.traffic = Traffic()
         self._model = model
         self._prepare: Callable[[], dict[str, Tensor]] | None = prepare
@@ -123,6 +137,7 @@ class LocalSession:
         self._pending: list[int] = []  # final, but not in the cache yet
         self._next_logits: Tensor | None = None  # [1, 1, V], while the cache is ahead of every final token's successor
         self._last_logits: Tensor | None = None  # [1, 1, V], behind the block in flight
+        self._processed = processed
         self._verifications = 0
 
     @property
@@ -157,6 +172,8 @@ class LocalSession:
     def feed(self, committed: Sequence[int], block: DraftBlock) -> Feed:
         """What the next forward has to append to judge a block."""
         pending = [*self._pending, *committed]
+        if self._processed is not None and committed:
+            self._processed.append(torch.tensor([list(committed)], device=self._device))
         fed = block.tokens.to(self._device)
         if pending:
             fed = torch.cat([torch.tensor([pending], dtype=torch.long, device=self._device), fed], dim=1)
@@ -169,6 +186,8 @@ class LocalSession:
         known = self._next_logits if feed.keep == len(block) else None
         target = torch.cat([part for part in (known, logits) if part is not None], 1)  # [1, K + 1, V]
         self._last_logits = target[:, -1:]
+        if self._processed is not None:
+            target = self._processed.block_scores(target, block.tokens.to(self._device))
         config = self._config
         sampled = config.temperature > 0
         # Without a draft every rule comes down to the verifier's own next token.
@@ -201,8 +220,15 @@ class LocalSession:
     def settle(self, block: DraftBlock, verdict: Verdict) -> None:
         """Take the rejected tokens back, and note what is still to be fed."""
         self.sequence.rollback(len(block) - verdict.num_accepted)
+        next_token = [verdict.next_token] if verdict.next_token >= 0 else []
+        if self._processed is not None:
+            final = [
+                *block.token_ids[: verdict.num_accepted],
+                *([verdict.next_token] if verdict.next_token >= 0 else []),
+            ]
+            self._processed.append(torch.tensor([final], dtype=torch.long, device=self._device))
         self._pending = [verdict.next_token] if verdict.next_token >= 0 else []
-        self._next_logits = None if verdict.next_token >= 0 else self._last_logits
+        self._next_logits = None if next_token else self._last_logits
         self._last_logits = None
 
 

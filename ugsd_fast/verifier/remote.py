@@ -149,7 +149,10 @@ class RemoteVerifier:
         """Whether the verifier's text tokens have this fingerprint; checked later where it does not answer now."""
         self._endpoint.expected_vocabulary = fingerprint
         try:
-            return self.model.vocabulary in ("", fingerprint)
+            if self.model.vocabulary in ("", fingerprint):
+                return True
+            self._endpoint.expected_vocabulary = ""  # the caller knows now
+            return False
         except VerifierUnavailable:
             return True
 
