@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test test-asan test-arm bench lint format pair evaluate clean
+.PHONY: demo test test-asan test-arm bench bench-network bench-load lint format pair evaluate clean
 
 demo: .venv/.installed
 	$(BIN)/ugsd-fast demo --report demo-report.html
@@ -22,6 +22,16 @@ test-arm:
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.run
+
+# Captions over a shaped link between two network namespaces (root, Linux; some 10 minutes), and one server under load
+# (some 6 minutes); each writes docs/network.md anew.
+bench-network: .venv/.installed
+	$(BIN)/python -m bench.network.latency --json bench/results/network.json
+	$(BIN)/python -m bench.network.document
+
+bench-load: .venv/.installed
+	$(BIN)/python -m bench.network.load --json bench/results/load.json
+	$(BIN)/python -m bench.network.document
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,260 @@
+"""One server on two cores under load: throughput, latency, memory and cost a verdict with 1, 4, 16 and 64 sessions.
+
+The embedded pair's verifier, as fast as it is, in a process of its own. The devices are light: a drafter decodes each
+clip once, and what it sent is played again by one asyncio loop, every verdict compared with the first one. A device
+sends its next frame as soon as it has a verdict, and begins the next caption as soon as one ends.
+
+``python -m bench.network.load [--quick] [--seconds N] [--json FILE]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import torch
+import transformers
+import websockets
+
+from bench.harness import SCHEMA, Row, machine, now, quantile
+from bench.network.serve import ServerProcess, serving
+from ugsd_fast import Decoder, RemoteVerifier, UGSDConfig
+from ugsd_fast.demo import clips, load_pair
+from ugsd_fast.serving import protocol
+from ugsd_fast.serving.link import Connector
+from ugsd_fast.serving.link import Link as Connection
+
+STAGES = (1, 4, 16, 64)
+THROUGHPUT_TARGET = 3.0  # times one session's
+FLAT = 1.1  # most cost a verdict, times one session's
+GROWTH = 1.1  # most memory at the end, times that of the last stage's first tenth
+
+
+class RecordingLink:
+    """Keeps what went over a connection."""
+
+    def __init__(self, link: Connection):
+        self._link = link
+        self.sent: list[bytes] = []
+        self.received: list[bytes] = []
+
+    async def send(self, data: bytes) -> None:
+        """Send a frame."""
+        self.sent.append(data)
+        await self._link.send(data)
+
+    async def recv(self) -> bytes:
+        """The next frame."""
+        self.received.append(await self._link.recv())
+        return self.received[-1]
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self._link.close()
+
+
+@dataclass(frozen=True)
+class Script:
+    """A caption's frames: the one that opens its session, and each block with its verdict."""
+
+    opening: bytes
+    blocks: Sequence[tuple[bytes, bytes]]
+
+
+def record(url: str, number: int) -> list[Script]:
+    """Decode clips in blocks of five tokens, every one of them verified, and keep the frames."""
+    links: list[RecordingLink] = []
+    connector = Connector()
+
+    async def connect(url: str) -> Connection:
+        links.append(RecordingLink(await connector(url)))
+        return links[-1]
+
+    pair = load_pair(threads=1)
+    scripts = []
+    with RemoteVerifier(url, tokenizer=pair.draft.tokenizer, connect=connect) as verifier:
+        decoder = Decoder(pair.draft, verifier, UGSDConfig(rule="greedy", always_escalate=True))
+        for clip in clips()[:number]:
+            del links[:]
+            decoder.generate(clip.path, prompt=pair.prompt, max_new_tokens=pair.max_new_tokens)
+            link = links[-1]
+            frames = {data: protocol.decode_client(data) for data in link.sent}
+            (opening,) = [data for data, frame in frames.items() if isinstance(frame, protocol.Open)]
+            asked = [data for data, frame in frames.items() if isinstance(frame, protocol.Verify)]
+            told = [data for data in link.received if isinstance(protocol.decode_server(data), protocol.Verdict)]
+            scripts.append(Script(opening, list(zip(asked, told, strict=True))))
+    return scripts
+
+
+@dataclass
+class Stage:
+    """What a number of devices saw."""
+
+    seconds: float = 0.0
+    verdicts: list[float] = field(default_factory=list)
+    first_verdicts: list[float] = field(default_factory=list)
+    captions: int = 0
+    errors: list[str] = field(default_factory=list)
+    rss: list[float] = field(default_factory=list)
+
+
+async def device(url: str, scripts: Sequence[Script], start: int, until: float, stage: Stage) -> None:
+    """Caption one clip after the other until it is time."""
+    close = protocol.encode(protocol.Close())
+    try:
+        async with websockets.connect(
+            f"{url}/v1/session", subprotocols=[websockets.Subprotocol(protocol.SUBPROTOCOL)], compression=None, proxy=None
+        ) as socket:
+            await socket.recv()
+            for index in count(start):
+                script = scripts[index % len(scripts)]
+                await socket.send(script.opening)
+                opened = protocol.decode_server(await socket.recv())  # type: ignore[arg-type]
+                if not isinstance(opened, protocol.Opened):
+                    raise RuntimeError(f"not opened: {opened}")
+                for place, (frame, expected) in enumerate(script.blocks):
+                    started = time.perf_counter()
+                    await socket.send(frame)
+                    reply = await socket.recv()
+                    taken = time.perf_counter() - started
+                    if reply != expected:
+                        raise RuntimeError(f"block {place}: {protocol.decode_server(reply)}")  # type: ignore[arg-type]
+                    (stage.verdicts if place else stage.first_verdicts).append(taken)
+                    if time.monotonic() > until:
+                        return
+                stage.captions += 1
+                await socket.send(close)
+    except (websockets.WebSocketException, OSError, RuntimeError) as error:
+        stage.errors.append(f"{type(error).__name__}: {error}")
+
+
+async def run_stage(server: ServerProcess, scripts: Sequence[Script], sessions: int, seconds: float) -> Row:
+    """So many devices for so long."""
+    stage = Stage()
+
+    async def sample() -> None:
+        while True:
+            stage.rss.append(resident(server.pid))
+            await asyncio.sleep(min(1.0, seconds / 10))
+
+    sampler = asyncio.create_task(sample())
+    before, started = cpu_seconds(server.pid), time.monotonic()
+    batches = counted(server.url)
+    until = started + seconds
+    await asyncio.gather(*(device(server.url, scripts, index, until, stage) for index in range(sessions)))
+    stage.seconds = time.monotonic() - started
+    cpu = cpu_seconds(server.pid) - before
+    sampler.cancel()
+    verdicts = len(stage.verdicts) + len(stage.first_verdicts)
+    forwards, judged = (after - earlier for after, earlier in zip(counted(server.url), batches, strict=True))
+    tenth = max(len(stage.rss) // 10, 1)
+    return {
+        "sessions": sessions,
+        "seconds": stage.seconds,
+        "errors": stage.errors,
+        "verdicts": verdicts,
+        "captions": stage.captions,
+        "verdicts_per_second": verdicts / stage.seconds,
+        "latency_ms": quantiles(stage.verdicts),
+        "first_latency_ms": quantiles(stage.first_verdicts),
+        "cpu_ms_per_verdict": 1e3 * cpu / verdicts,
+        "cpu_cores": cpu / stage.seconds,
+        "sessions_per_forward": judged / forwards,
+        "rss_mib": {
+            "first_tenth": statistics.mean(stage.rss[:tenth]),
+            "middle": statistics.mean(stage.rss[len(stage.rss) // 2 :][:tenth]),
+            "last_tenth": statistics.mean(stage.rss[-tenth:]),
+            "most": max(stage.rss),
+            "curve": [round(value, 1) for value in stage.rss[:: max(len(stage.rss) // 30, 1)]],
+        },
+    }
+
+
+def quantiles(seconds: Sequence[float]) -> Row:
+    """Milliseconds."""
+    return {name: 1e3 * quantile(seconds, q) for name, q in (("p50", 0.5), ("p99", 0.99))} if seconds else {}
+
+
+def resident(pid: int) -> float:
+    """MiB of a process in memory."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def counted(url: str) -> tuple[float, float]:
+    """Forwards of the server so far, and sessions in them."""
+    with urllib.request.urlopen(f"http{url.removeprefix('ws')}/metrics") as reply:
+        text = reply.read().decode()
+    found = {name: float(value) for name, value in re.findall(r"^ugsd_batch_sessions_(count|sum) (\S+)", text, re.M)}
+    return found["count"], found["sum"]
+
+
+def judged(stages: Sequence[Row]) -> list[Row]:
+    """The targets."""
+    first, last = stages[0], stages[-1]
+    cost = max(stage["cpu_ms_per_verdict"] for stage in stages) / first["cpu_ms_per_verdict"]
+    faster = last["verdicts_per_second"] / first["verdicts_per_second"]
+    memory = last["rss_mib"]
+    return [
+        {"of": "errors", "at_most": 0, "measured": sum(len(stage["errors"]) for stage in stages)},
+        {"of": "verdicts a second, times one session's", "at_least": THROUGHPUT_TARGET, "measured": faster},
+        {"of": "most CPU time a verdict, times one session's", "at_most": FLAT, "measured": cost},
+        {
+            "of": "memory at the end of the last stage, times that at its start",
+            "at_most": GROWTH,
+            "measured": memory["last_tenth"] / memory["first_tenth"],
+        },
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.network.load", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="half a second a stage: whether it runs, not how fast")
+    parser.add_argument("--seconds", type=float, default=300.0, metavar="N", help="of the last stage")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    last, other, warm = (0.5, 0.3, 0.1) if options.quick else (options.seconds, 15.0, 3.0)
+    with serving({}) as server:
+        scripts = record(server.url, 2 if options.quick else 16)
+        asyncio.run(run_stage(server, scripts, STAGES[-1], warm))
+        rows = []
+        for sessions in STAGES:
+            seconds = last if sessions == STAGES[-1] else other
+            rows.append(asyncio.run(run_stage(server, scripts, sessions, seconds)))
+            shown = {name: value for name, value in rows[-1].items() if name not in ("errors", "rss_mib")}
+            memory = {name: value for name, value in rows[-1]["rss_mib"].items() if name != "curve"}
+            print(shown, memory, rows[-1]["errors"][:3], flush=True)
+    report: Row = {"schema": SCHEMA, "date": now(), "machine": machine(), "quick": options.quick, "stages": rows}
+    report["blocks_per_caption"] = statistics.mean(len(script.blocks) for script in scripts)
+    report["targets"] = judged(rows)
+    for target in report["targets"]:
+        target["met"] = (
+            target["measured"] >= target["at_least"] if "at_least" in target else target["measured"] <= target["at_most"]
+        )
+        print(target)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
