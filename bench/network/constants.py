@@ -88,7 +88,7 @@ def strong_on_device() -> Pace:
     return Pace(step, step, missed * experts / 3.5e9 * 1e3, f"{source}; a prompt reads all experts")
 
 
-def dispatch(rounds: int = 15) -> Pace:
+def dispatch(rounds: int = 15, layers: int = LAYERS) -> Pace:
     """The 30B under transformers: its 48 layers with tiny matrices, so that only the calls are left, timed here.
 
     On a GPU the calls of an eager forward are issued by one CPU thread; what the GPU computes hides behind them.
@@ -98,7 +98,7 @@ def dispatch(rounds: int = 15) -> Pace:
         hidden_size=16,
         intermediate_size=16,
         moe_intermediate_size=8,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
@@ -118,7 +118,7 @@ def dispatch(rounds: int = 15) -> Pace:
                 cache.crop(-tokens)
     one, six, prompt = (1e3 * statistics.median(seconds) for seconds in taken.values())
     source = (
-        f"dispatch of Qwen3-MoE's {LAYERS} layers by transformers' grouped_mm, one CPU thread, matrices tiny: "
+        f"dispatch of Qwen3-MoE's {layers} layers by transformers' grouped_mm, one CPU thread, matrices tiny: "
         f"{one:.1f} ms for 1 token, {six:.1f} ms for 6; the least of an eager forward, whose weights take under 9 ms"
     )
     return Pace(one, max(six - one, 0.0) / 5, prompt, source)

@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = json.loads(options.json.read_text(encoding="utf-8"))
     report |= {"schema": SCHEMA, "date": now(), "machine": machine(), "quick": options.quick}
     report["settings"] = {"threshold": THRESHOLD, "ahead": MAX_AHEAD, "block_size": 5, "clips": options.clips}
-    own = constants.dispatch(2 if options.quick else 15)
+    own = constants.dispatch(1, layers=1) if options.quick else constants.dispatch()
     servers = {constants.TRANSFORMERS: own, **constants.SERVERS}
     none = Pace(0.0, 0.0, 0.0, "as fast as it is")
     with bench(options.quick, 1 if options.quick else options.clips) as (made, link):

@@ -21,7 +21,14 @@ from ugsd_fast.demo import load_pair
 from ugsd_fast.serving import TLS, Limits, Tokens
 from ugsd_fast.serving.server import serve_model
 
-UNLIMITED = Limits(frames_per_second=1e6, frame_burst=1_000_000, audio_seconds_per_minute=1e9, opens_per_second=1e5)
+UNLIMITED = Limits(
+    max_sessions=4096,
+    max_sessions_per_token=4096,
+    opens_per_second=1e5,
+    frames_per_second=1e6,
+    frame_burst=1_000_000,
+    audio_seconds_per_minute=1e9,
+)
 
 
 class ServerProcess:

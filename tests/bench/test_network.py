@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.network import constants, document, latency, load
 from bench.network.constants import Pace, paced
@@ -80,24 +79,23 @@ def test_captions_over_the_loopback_device(tmp_path: Path) -> None:
 
 def test_load(tmp_path: Path) -> None:
     report = run("bench.network.load", tmp_path / "load.json")
-    assert [stage["sessions"] for stage in report["stages"]] == list(load.STAGES)
+    assert [stage["sessions"] for stage in report["stages"]] == [*load.SHORT, *load.LONG]
     assert all(stage["errors"] == [] and stage["verdicts"] > 0 for stage in report["stages"])
     text = "\n".join(document.load(report))
-    assert "## " not in text.splitlines()[0]
-    assert text.count("| 64 |") == 1
+    assert text.count("| 64 long |") == text.count("| 64 short |") == 1
 
 
-def test_document_of_the_committed_results() -> None:
-    report = json.loads((ROOT / "bench" / "results" / "network.json").read_text())
-    text = "\n".join(document.network(report))
-    assert text.count("## ") >= len(report["sweep"]) + 3
+def test_document_is_that_of_the_committed_results() -> None:
+    text = document.document()
+    assert text == document.DOCUMENT.read_text(encoding="utf-8")
     for block in text.split("\n\n"):
         assert len({line.count("|") for line in block.splitlines() if line.startswith("|")}) <= 1
-    assert report["targets"] == latency.judged(report)
+    network, load_report = (json.loads((document.RESULTS / f"{name}.json").read_text()) for name in ("network", "load"))
+    assert network["targets"] == latency.judged(network)
+    assert len(load_report["targets"]) == len(load.judged(load_report["stages"]))
 
 
 def test_dispatch_is_timed() -> None:
-    torch.set_num_threads(1)
-    pace = constants.dispatch(1)
+    pace = constants.dispatch(1, layers=2)
     assert pace.step > 0
     assert pace.more >= 0
