@@ -8,10 +8,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -159,20 +160,29 @@ def test_a_prompt_in_pieces_is_the_prompt(pair: EmbeddedPair) -> None:
 
 
 @contextmanager
-def recorded(port: int) -> Iterator[tuple[str, list[bytes], list[bytes]]]:
-    """A relay before a server that takes down the bytes of both directions as they are on the socket."""
+def recorded(port: int, *, cuts: Random | None = None) -> Iterator[tuple[str, list[bytes], list[bytes]]]:
+    """A relay before a server that takes down the bytes of both directions as they are on the socket.
+
+    With `cuts` it ends connections behind random bytes, within frames and handshakes alike.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     up: list[bytes] = []
     down: list[bytes] = []
 
-    def relay(source: socket.socket, target: socket.socket, kept: list[bytes]) -> None:
+    def relay(source: socket.socket, target: socket.socket, kept: list[bytes], budget: float) -> None:
         try:
             while data := source.recv(65536):
+                data = data[: int(min(budget, len(data)))]
+                budget -= len(data)
                 kept.append(data)
                 target.sendall(data)
+                if not budget:
+                    raise OSError("cut")
             target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass
+            for end in (source, target):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def accept() -> None:
         while True:
@@ -181,8 +191,9 @@ def recorded(port: int) -> Iterator[tuple[str, list[bytes], list[bytes]]]:
             except OSError:
                 return
             upstream = socket.create_connection(("127.0.0.1", port))
-            threading.Thread(target=relay, args=(client, upstream, up), daemon=True).start()
-            threading.Thread(target=relay, args=(upstream, client, down), daemon=True).start()
+            for source, target, kept in ((client, upstream, up), (upstream, client, down)):
+                budget = float("inf") if cuts is None else round(10 ** cuts.uniform(2.5, 5))
+                threading.Thread(target=relay, args=(source, target, kept, budget), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     with closing(listener):
@@ -204,6 +215,24 @@ def messages(stream: bytes) -> list[bytes]:
             found.append((np.frombuffer(payload, np.uint8) ^ key).tobytes())
         stream = stream[at + 4 + length :]
     return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_connections_cut_within_frames(seed: int, pair: EmbeddedPair, server: Server) -> None:
+    config, request = lossless(pair), {"prompt": pair.prompt, "max_new_tokens": 40}
+    clip = clips()[seed].path
+    with (
+        recorded(server.port, cuts=Random(seed)) as (url, up, _),
+        RemoteVerifier(url, uplink="audio", patience=SOON) as verifier,
+    ):
+        while verifier._endpoint.model is None:
+            with suppress(VerifierUnavailable):
+                _ = verifier.model
+        result = Decoder(pair.draft, verifier, config).generate(clip, **request)
+        alone = Decoder(None, verifier, config).generate(clip, **request)
+    local = Decoder(pair.draft, pair.verifier, config).generate(clip, **request)
+    assert result.tokens == alone.tokens == local.tokens
+    assert b"".join(up).count(b"GET /v1/session") > 3
 
 
 @pytest.mark.parametrize("uplink", ["features", "audio", "embeddings", None])

@@ -125,9 +125,12 @@ class Endpoint:
         """A connection to the first server; where it fails, the next is the first from then on."""
         try:
             return await asyncio.wait_for(self._connect(self._urls[0]), self.patience.attempt)
-        except (LinkLost, Busy, asyncio.TimeoutError) as error:
+        except (LinkLost, Busy):
             self._urls.append(self._urls.pop(0))
-            raise LinkLost("no connection in time") from None if isinstance(error, asyncio.TimeoutError) else error
+            raise
+        except asyncio.TimeoutError:
+            self._urls.append(self._urls.pop(0))
+            raise LinkLost("no connection in time") from None
 
     def met(self, welcome: Welcome) -> Model:
         """Take note of a server's greeting."""
@@ -207,6 +210,7 @@ class ClientSession:
         self._seq = self._abandoned = self._base = 0
         self._known: list[int] = []  # of the caption, as of the last verdict
         self._draws = 0
+        self._trouble = "no reply"  # the last
         self._alone = True  # no draft so far: the verifier writes the caption
         self._stream: Generate | None = None
         self._streamed = 0
@@ -250,7 +254,7 @@ class ClientSession:
             self._seq += 1
             self._stream = None
             raise VerifierUnavailable(
-                f"verifier {self._endpoint.url}: no verdict within {self._patience.deadline:g} s"
+                f"verifier {self._endpoint.url}: no verdict within {self._patience.deadline:g} s ({self._trouble})"
             ) from None
         breaker.succeeded()
         self.verdicts += 1
@@ -336,11 +340,14 @@ class ClientSession:
                 if outgoing is not None:
                     await self._send(outgoing, "tokens")
                 return await asyncio.wait_for(self._reply(wanted), self._patience.attempt)
-            except (LinkLost, asyncio.TimeoutError):
+            except (LinkLost, asyncio.TimeoutError) as error:
+                self._trouble = str(error) or "no reply"
                 await self._drop()
             except Busy as busy:
+                self._trouble = str(busy)
                 wait = busy.retry_after
             except _Refused as refused:
+                self._trouble = str(refused)
                 wait = await self._heed(refused.error)
             delay = min(self._patience.first_delay * 2**tries, self._patience.longest_delay)
             tries += 1

@@ -237,7 +237,7 @@ class BatchJudge:
             try:
                 block = session.start(call)
                 session.sequence.check_room(len(call.final) + len(call.draft))
-            except (UGSDError, ValueError) as error:
+            except (UGSDError, ValueError, IndexError) as error:
                 outcomes[index] = Refusal("refused", str(error))
                 continue
             started.append(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -48,12 +49,22 @@ class Judge(Protocol):
 
 
 class _Job:
-    __slots__ = ("arrived", "call", "future", "state")
+    __slots__ = ("alone", "arrived", "call", "future", "state")
 
     def __init__(self, state: Schedulable, call: Call):
         self.state, self.call = state, call
         self.future: Future[Judged] = Future()
         self.arrived = time.monotonic()
+        self.alone = False  # after a forward that failed: whose fault was it?
+
+    def begin(self) -> bool:
+        """Whether somebody still waits for the verdict; from then on it cannot be cancelled."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error."""
+        if self.begin():
+            self.future.set_exception(error)
 
 
 class Scheduler:
@@ -108,7 +119,7 @@ class Scheduler:
                 self._prompts.remove(state)
             for job in [job for job in self._jobs if job.state is state]:
                 self._jobs.remove(job)
-                job.future.set_exception(Refusal("unknown_session", "the session has ended"))
+                job.fail(Refusal("unknown_session", "the session has ended"))
             self._changed.notify()
 
     def close(self) -> None:
@@ -125,6 +136,9 @@ class Scheduler:
                     self._changed.wait()
                 if self._closed:
                     return
+                for job in self._jobs:  # evicted while it waited
+                    if not job.state.ready and job.state not in self._prompts:
+                        self._prompts.append(job.state)
                 batch = self._batch()
                 prompt = self._prompts[0] if self._prompts else None
                 if not batch and prompt is None:
@@ -145,29 +159,32 @@ class Scheduler:
                 continue
             taken.add(id(job.state))
             needed = job.state.needed(job.call)
-            if batch and tokens + needed > self._limits.token_budget:
+            if batch and (job.alone or batch[0].alone or tokens + needed > self._limits.token_budget):
                 break
             tokens += needed
             batch.append(job)
         if not batch:
             return []
         waited = time.monotonic() - batch[0].arrived
-        alone = len(batch) < len(self._states) and tokens < self._limits.token_budget
-        if alone and waited < self._limits.max_wait and not self._prompts:
+        open_to_more = len(batch) < len(self._states) and tokens < self._limits.token_budget and not batch[0].alone
+        if open_to_more and waited < self._limits.max_wait and not self._prompts:
             return []
         for job in batch:
             self._jobs.remove(job)
             job.state.last_used = time.monotonic()
         self._metrics.waiting.set(len(self._jobs))
-        return batch
+        return [job for job in batch if job.begin()]
 
     def _forward(self, batch: list[_Job]) -> None:
         started = time.monotonic()
         try:
             outcomes = self._judge.judge([(job.state, job.call) for job in batch])
         except Exception as error:
-            _log.exception("a forward over %d sessions failed", len(batch))
-            outcomes = [error] * len(batch)
+            _log_failure(f"a forward over {len(batch)} sessions", error)
+            if len(batch) > 1:
+                self._one_by_one(batch)
+                return
+            outcomes = [error]
         self._metrics.forward_seconds.observe(time.monotonic() - started)
         self._metrics.batch_sessions.observe(len(batch))
         for job, outcome in zip(batch, outcomes, strict=True):
@@ -175,8 +192,20 @@ class Scheduler:
                 job.future.set_result(outcome)
                 continue
             job.state.evict()  # whatever is in the cache now, the next block finds a sound one
-            job.future.set_exception(outcome if isinstance(outcome, Refusal) else _failed(outcome))
+            job.fail(outcome if isinstance(outcome, Refusal) else _failed(outcome))
         self._account()
+
+    def _one_by_one(self, batch: list[_Job]) -> None:
+        """Queue blocks again, each for a forward of its own, with caches computed anew."""
+        with self._changed:
+            for job in reversed(batch):
+                job.alone = True
+                job.state.evict()
+                if id(job.state) in self._states:
+                    self._jobs.appendleft(job)
+                    self._prompts.append(job.state)
+                else:
+                    job.fail(Refusal("unknown_session", "the session has ended"))
 
     def _advance(self, state: Schedulable) -> None:
         """A piece of one prompt; then it is the next one's turn."""
@@ -187,7 +216,7 @@ class Scheduler:
             try:
                 state.advance(self._limits.prefill_chunk)
             except Exception as raised:
-                _log.exception("a prompt failed")
+                _log_failure("a prompt", raised)
                 error = _failed(raised)
         with self._changed:
             if state in self._prompts:
@@ -199,11 +228,11 @@ class Scheduler:
                 self._jobs.remove(job)
         if error is not None:
             state.evict()
-        for job in failed:
-            job.future.set_exception(error)
+            for job in failed:
+                job.fail(error)
         self._account()
 
-    def _make_room(self, wanting: Schedulable) -> bool:
+    def _make_room(self, wanting: Schedulable | None = None) -> bool:
         """Evict idle sessions, the longest unused first, until the budget holds; whether it does."""
         with self._changed:
             busy = {id(job.state) for job in self._jobs} | {id(state) for state in self._prompts} | {id(wanting)}
@@ -220,7 +249,16 @@ class Scheduler:
 
     def _account(self) -> None:
         with self._changed:
-            self._metrics.kv_bytes.set(sum(state.kv_bytes for state in self._states.values()))
+            used = sum(state.kv_bytes for state in self._states.values())
+        self._metrics.kv_bytes.set(used)
+        if used > self._limits.kv_bytes:
+            self._make_room()
+
+
+def _log_failure(what: str, error: Exception) -> None:
+    """Log where something failed; not the message, which may quote what nobody else is to read."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("%s failed with %s:\n%s", what, type(error).__name__, where)
 
 
 def _failed(error: Exception) -> Refusal:

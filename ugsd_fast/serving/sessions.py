@@ -395,8 +395,8 @@ class Connection:
             raise Refusal("refused", f"{new} more tokens, expected at least 1 and {limits.max_tokens} in all at most")
         if isinstance(frame, Verify) and not 0 <= frame.top_k <= 100:
             raise Refusal("refused", f"top_k is {frame.top_k}, expected 0 to 100")
-        if any(not 0 <= token < 2**31 for token in frame.committed) or any(abs(token) >= 2**31 for token in draft):
-            raise Refusal("bad_frame", "a token id is outside of 31 bits")
+        if any(not 0 <= token < 1 << 31 for token in (*frame.committed, *draft)):
+            raise Refusal("bad_frame", "a token id is negative or of more than 31 bits")
         return _Reply(digest)
 
     async def _answer(self, refusal: Refusal, seq: int) -> None:

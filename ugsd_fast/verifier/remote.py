@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -255,12 +257,19 @@ class RemoteVerifier:
         url = "http" + self._endpoint.url.rstrip("/").removeprefix("ws") + "/v1/tokenizer"
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         request = urllib.request.Request(url, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self._endpoint.patience.deadline, context=self._tls) as reply:
-                text = reply.read().decode()
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise VerifierUnavailable(f"verifier {self._endpoint.url}: no tokenizer ({error})") from None
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+        patience = self._endpoint.patience
+        end = time.monotonic() + patience.deadline
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=patience.deadline, context=self._tls) as reply:
+                    text = reply.read().decode()
+                return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+            except urllib.error.HTTPError as error:
+                raise VerifierRefused(f"verifier {self._endpoint.url}: no tokenizer ({error})") from None
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                if time.monotonic() > end:
+                    raise VerifierUnavailable(f"verifier {self._endpoint.url}: no tokenizer ({error})") from None
+            time.sleep(patience.first_delay)
 
 
 class RemoteSession:

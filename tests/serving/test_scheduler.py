@@ -1,0 +1,252 @@
+"""Who is computed when: blocks together, prompts in between, memory within its budget."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from ugsd_fast import LocalVerifier, UGSDConfig
+from ugsd_fast.demo import clips, load_pair
+from ugsd_fast.serving.engine import BatchJudge, ServedSession
+from ugsd_fast.serving.limits import Limits
+from ugsd_fast.serving.metrics import Metrics
+from ugsd_fast.serving.scheduler import Scheduler
+from ugsd_fast.serving.sessions import Call, Judged, Refusal
+
+BLOCK = Call([1], [2, 3], True, 0)
+
+
+class State:
+    """A prompt of so many positions, and a byte for each that was computed."""
+
+    def __init__(self, log: list[object], name: str, prompt: int):
+        self.log, self.name, self.prompt = log, name, prompt
+        self.done = 0
+        self.last_used = time.monotonic()
+
+    @property
+    def ready(self) -> bool:
+        return self.done >= self.prompt
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.done
+
+    def advance(self, positions: int) -> None:
+        self.log.append(self.name)
+        self.done = min(self.prompt, self.done + positions)
+        time.sleep(0.001)
+
+    def needed(self, call: Call) -> int:
+        return len(call.draft) + 1
+
+    def evict(self) -> None:
+        self.log.append(f"-{self.name}")
+        self.done = 0
+
+
+class Machine:
+    """A scheduler whose model takes its time."""
+
+    def __init__(self, **limits: float):
+        self.log: list[object] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.poison: State | None = None
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(self, Limits(**{"max_wait": 0.005, **limits}), self.metrics)  # type: ignore[arg-type]
+
+    def judge(self, jobs: Sequence[tuple[State, Call]]) -> list[Judged | Exception]:
+        self.hold.wait()
+        self.log.append("+".join(state.name for state, _ in jobs))
+        if any(state is self.poison for state, _ in jobs):
+            raise RuntimeError("out of luck")
+        return [Judged(0, 7) for _ in jobs]
+
+    def session(self, name: str, prompt: int = 1) -> State:
+        state = State(self.log, name, prompt)
+        self.scheduler.add(state)
+        return state
+
+
+@pytest.fixture
+def machine() -> Callable[..., Machine]:
+    made: list[Machine] = []
+
+    def make(**limits: float) -> Machine:
+        made.append(Machine(**limits))
+        return made[-1]
+
+    yield make  # type: ignore[misc]
+    for one in made:
+        one.scheduler.close()
+
+
+def settled(machine: Machine, *states: State) -> None:
+    """Wait until prompts are computed, and forget how."""
+    end = time.monotonic() + 5
+    while not all(state.ready for state in states):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    machine.log.clear()
+
+
+def test_blocks_that_wait_share_a_forward(machine: Callable[..., Machine]) -> None:
+    one = machine()
+    states = [one.session(name) for name in "abcd"]
+    settled(one, *states)
+    futures = [one.scheduler.submit(state, BLOCK) for state in states]
+    assert [future.result(5).next_token for future in futures] == [7] * 4
+    assert one.log == ["a+b+c+d"]
+
+
+def test_up_to_the_token_budget_and_no_longer_than_the_wait(machine: Callable[..., Machine]) -> None:
+    one = machine(token_budget=6, max_wait=0.02)
+    states = [one.session(name) for name in "abcde"]
+    settled(one, *states)
+    began = time.monotonic()
+    one.scheduler.submit(states[0], BLOCK).result(5)
+    assert 0.02 <= time.monotonic() - began < 0.2  # nobody else came
+    futures = [one.scheduler.submit(state, BLOCK) for state in states]
+    for future in futures:
+        future.result(5)
+    assert one.log == ["a", "a+b", "c+d", "e"]
+
+
+def test_a_long_prompt_does_not_stall_blocks(machine: Callable[..., Machine]) -> None:
+    one = machine(prefill_chunk=1)
+    short = one.session("s")
+    settled(one, short)
+    long, other = one.session("L", prompt=60), one.session("M", prompt=60)
+    for _ in range(10):
+        one.scheduler.submit(short, BLOCK).result(5)
+    settled_at = len(one.log)
+    assert one.log.count("s") == 10
+    assert one.log[:settled_at].count("L") < 60  # all blocks came before the prompt was through
+    between = "".join(str(entry) for entry in one.log).split("s")
+    assert max(map(len, between[1:-1])) <= 6
+    settled(one, long, other)
+
+
+def test_prompts_take_turns(machine: Callable[..., Machine]) -> None:
+    one = machine(prefill_chunk=1)
+    with one.scheduler._changed:
+        states = [one.session(name, prompt=5) for name in "ab"]
+    futures = [one.scheduler.submit(state, BLOCK) for state in states]
+    for future in futures:
+        future.result(5)
+    assert [entry for entry in one.log if entry in ("a", "b")][:8] == list("abababab")
+
+
+def test_idle_sessions_are_evicted_the_longest_unused_first(machine: Callable[..., Machine]) -> None:
+    one = machine(kv_bytes=30)
+    states = []
+    for name in "abc":
+        states.append(one.session(name, prompt=10))
+        settled(one, states[-1])
+    one.scheduler.submit(states[0], BLOCK).result(5)
+    late = one.session("d", prompt=10)
+    settled(one, late)
+    assert not states[1].ready
+    assert states[0].ready
+    assert one.metrics.evictions._value.get() == 1
+    assert one.scheduler.submit(states[1], BLOCK).result(5) == Judged(0, 7)  # it comes back
+    assert one.log[-1] == "b"
+
+
+def test_without_idle_sessions_there_is_no_room(machine: Callable[..., Machine]) -> None:
+    one = machine(kv_bytes=10, prefill_chunk=10)
+    first = one.session("a", prompt=10)
+    settled(one, first)
+    one.hold.clear()
+    judged = one.scheduler.submit(first, BLOCK)
+    second = one.session("b", prompt=10)
+    with one.scheduler._changed:
+        again = one.scheduler.submit(first, BLOCK)  # keeps it busy
+        refused = one.scheduler.submit(second, BLOCK)
+    one.hold.set()
+    assert judged.result(5)
+    outcome = refused.exception(5)
+    if outcome is not None:
+        assert isinstance(outcome, Refusal)
+        assert (outcome.code, outcome.retry_after) == ("busy", 0.5)
+    assert again.result(5)
+
+
+def test_too_many_waiting_blocks_are_refused(machine: Callable[..., Machine]) -> None:
+    one = machine(max_waiting=3)
+    state = one.session("a")
+    settled(one, state)
+    one.hold.clear()
+    futures = [one.scheduler.submit(state, BLOCK)]
+    time.sleep(0.05)  # it is being judged
+    futures += [one.scheduler.submit(state, BLOCK) for _ in range(3)]
+    with pytest.raises(Refusal, match="3 blocks are waiting"):
+        one.scheduler.submit(state, BLOCK)
+    one.hold.set()
+    assert all(future.result(5) for future in futures)
+
+
+def test_a_forward_that_fails_is_tried_one_by_one(machine: Callable[..., Machine]) -> None:
+    one = machine()
+    states = [one.session(name) for name in "abc"]
+    settled(one, *states)
+    one.poison = states[1]
+    futures = [one.scheduler.submit(state, BLOCK) for state in states]
+    assert futures[0].result(5) == futures[2].result(5) == Judged(0, 7)
+    failed = futures[1].exception(5)
+    assert isinstance(failed, Refusal)
+    assert (failed.code, str(failed)) == ("failed", "the model failed (RuntimeError)")
+
+
+def test_a_verdict_that_nobody_waits_for_any_more(machine: Callable[..., Machine]) -> None:
+    one = machine()
+    state = one.session("a")
+    settled(one, state)
+    one.hold.clear()
+    judged = one.scheduler.submit(state, BLOCK)
+    time.sleep(0.05)  # it is being judged
+    waiting = one.scheduler.submit(state, BLOCK)
+    assert waiting.cancel()
+    assert not judged.cancel()
+    one.hold.set()
+    assert judged.result(5)
+    assert one.scheduler.submit(state, BLOCK).result(5)
+    assert one.log == ["a", "a"]
+
+
+def test_a_session_that_ends_takes_its_blocks_along(machine: Callable[..., Machine]) -> None:
+    one = machine()
+    state = one.session("a", prompt=10**6)
+    future = one.scheduler.submit(state, BLOCK)
+    one.scheduler.remove(state)
+    assert isinstance(future.exception(5), Refusal)
+    with pytest.raises(Refusal, match="the session has ended"):
+        one.scheduler.submit(state, BLOCK)
+
+
+def test_a_call_that_makes_no_sense_is_its_own_sessions_trouble() -> None:
+    """Draft logits that are cut short, in one forward with a sound block."""
+    pair = load_pair(threads=1)
+    model = pair.verifier.model
+    inputs = model.prepare(clips()[0].path, pair.prompt)
+    greedy = UGSDConfig(rule="greedy", always_escalate=True)
+    exact = UGSDConfig(rule="exact", temperature=1.0, always_escalate=True)
+    sound, broken = (ServedSession(model, inputs, config, lambda: None) for config in (greedy, exact))
+    for session in (sound, broken):
+        session.advance(10**6)
+    first = int(sound._prompt_logits.argmax())  # type: ignore[union-attr]
+    judge = BatchJudge(LocalVerifier(model))
+    far = (1).to_bytes(4, "little") + (10**6).to_bytes(4, "little") + b"\0\0\0\0"
+    for logits in (b"\x05\0\0\0\1", far):
+        jobs = [(sound, Call([], [first], True, 0)), (broken, Call([], [first], True, 0, 0, logits))]
+        judged, refused = judge.judge(jobs)
+        assert isinstance(judged, Judged)
+        assert judged.num_accepted == 1
+        assert isinstance(refused, Refusal)
+        assert refused.code == "refused"
+    assert torch.isfinite(sound._prompt_logits).all()  # type: ignore[arg-type]
