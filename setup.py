@@ -87,7 +87,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         archs = os.environ.get("UGSD_CUDA_ARCHS", CUDA_ARCHS)
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f'-DUGSD_ARCHS="{archs}"']
+        flags = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden", f'-DUGSD_ARCHS="{archs}"']
         flags += [f"-I{path}" for path in ("csrc/include", get_path("include"), pybind11.get_include())]
 
         def compile_one(source: str) -> str:

@@ -1,31 +1,34 @@
 """Compiles every Triton and CUDA kernel ahead of time and reads the machine code. No GPU is needed.
 
 Run as ``python -m bench.compile_report``. For Triton, the ops run on CPU tensors with a stand-in for the driver: each
-launch gets as far as the compiler, with the signature, constants and alignments of a real one, and stops there.
+launch gets as far as the compiler, with the signature, constants and alignments of a real one, and stops there. What
+is then compiled, in several processes, is kept in ``build/compile-report`` by its source, target and compiler: an
+interrupted run goes on where it was, and after a change only what changed is compiled again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench import assembly, nvcc
+from bench import assembly, inputs, nvcc
 from bench.assembly import WIDE
 from bench.harness import SCHEMA, Row, dtype_name, now
 from bench.markdown import table
@@ -33,12 +36,16 @@ from bench.problems import Problem, problems
 from ugsd_fast import ops
 from ugsd_fast.ops import backend
 from ugsd_fast.ops.backend import OPS
+from ugsd_fast.reference import spec
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_TARGETS = {f"sm_{capability}": capability for capability in assembly.MULTIPROCESSORS}
 AMD_TARGETS = ("gfx90a", "gfx942")
 TARGETS = (*CUDA_TARGETS, *AMD_TARGETS)
 LANGUAGES = ("Triton", "CUDA")
+CACHE = ROOT / "build" / "compile-report"
+FEW, MANY = (1, 152064), (64, 32000)
+"""Rows and columns."""
 STREAMED = ("logits", "target_logits", "draft_logits", "weight")
 """Arguments that are read in tiles, whose loads must be wide."""
 
@@ -168,15 +175,13 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def compiled(launch: Launch, target: str) -> Row:
-    """Compile a launch for a target and return its row of results."""
+def triton_figures(launch: Launch, target: str) -> Row:
+    """Compile a launch for a target and read the machine code."""
     from triton import compile
     from triton.compiler import ASTSource
 
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
-    start = time.monotonic()
     kernel = compile(source, target=gpu_target(target), options=launch.options.__dict__)
-    seconds = time.monotonic() - start
     text = "ptx" if target in CUDA_TARGETS else "llir"
     found = assembly.loads(assembly.READERS[text](kernel.asm[text]))
     widths = assembly.widths(found, launch.streamed)
@@ -187,12 +192,6 @@ def compiled(launch: Launch, target: str) -> Row:
         assembled = kernel.asm["amdgcn"]
         figures = {**assembly.amd_figures(assembled, shared, warps), "loads": assembly.amd_loads(assembled)}
     return {
-        "language": "Triton",
-        "op": launch.op,
-        "case": launch.label,
-        "dtype": dtype_name(launch.dtype),
-        "kernel": launch.function.__name__,
-        "constants": _constants(launch),
         "target": target,
         "warps": warps,
         "shared": shared,
@@ -201,8 +200,107 @@ def compiled(launch: Launch, target: str) -> Row:
         "chosen": dict(widths.chosen),
         "single": dict(widths.single),
         "wide_share": widths.wide_share(),
-        "seconds": seconds,
     }
+
+
+class Job(Protocol):
+    """Something to compile for a target."""
+
+    @property
+    def key(self) -> str:
+        """Equal for jobs whose machine code and figures are equal."""
+
+    def rows(self) -> list[Row]:
+        """Compile, and return the figures of each kernel."""
+
+    def described(self, rows: list[Row]) -> list[Row]:
+        """Return the same with the names of what was compiled."""
+
+
+@dataclass(frozen=True)
+class TritonJob:
+    """A launch on a target."""
+
+    launch: Launch
+    target: str
+
+    @property
+    def key(self) -> str:
+        import triton
+
+        parts = ("triton", triton.__version__, self.target, self.launch.function.cache_key, self.launch.key)
+        return "; ".join((*parts, str(self.launch.streamed), *_code(assembly, triton_figures, _cuda_figures)))
+
+    def rows(self) -> list[Row]:
+        return [triton_figures(self.launch, self.target)]
+
+    def described(self, rows: list[Row]) -> list[Row]:
+        launch = self.launch
+        names = {"language": "Triton", "op": launch.op, "case": launch.label, "dtype": dtype_name(launch.dtype)}
+        return [names | {"kernel": launch.function.__name__, "constants": _constants(launch)} | row for row in rows]
+
+
+@dataclass(frozen=True)
+class CudaJob:
+    """A source of the CUDA kernels on a target."""
+
+    source: Path
+    target: str
+
+    @property
+    def key(self) -> str:
+        return "; ".join((self.source.name, self.target, nvcc.fingerprint(self.source), *_code(assembly, nvcc)))
+
+    def rows(self) -> list[Row]:
+        return nvcc.compiled(self.source, CUDA_TARGETS[self.target])
+
+    def described(self, rows: list[Row]) -> list[Row]:
+        return rows
+
+
+def _code(*parts: Any) -> list[str]:
+    """Return the source of what makes figures of machine code."""
+    return [inspect.getsource(part) for part in parts]
+
+
+def cached(job: Job) -> Path:
+    """Return where a job's rows are kept."""
+    return CACHE / f"{hashlib.sha256(job.key.encode()).hexdigest()[:32]}.json"
+
+
+def compile_all(jobs: Sequence[Job], processes: int) -> list[list[Row]]:
+    """Return the rows of every job; those that no earlier run has left are compiled in this many processes."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    files = [cached(job) for job in jobs]
+    missing = list({path: job for path, job in zip(files, jobs, strict=True) if not path.exists()}.items())
+    print(f"== {len(jobs)} to compile, {len(jobs) - len(missing)} of them known", flush=True)
+    start = time.monotonic()
+
+    def compile_some(first: int) -> None:
+        for i in range(first, len(missing), max(1, processes)):
+            path, job = missing[i]
+            rows = job.rows()
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(rows))
+            part.rename(path)
+            seconds = time.monotonic() - start
+            print(
+                f"[{i + 1}/{len(missing)}, {seconds:.0f} s]", *map(describe, job.described(rows)), sep="\n", flush=True
+            )
+
+    if processes:
+        # Forked: a launch holds a kernel's function. Their results come back as files.
+        context = multiprocessing.get_context("fork")
+        workers = [context.Process(target=compile_some, args=(first,)) for first in range(processes)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise SystemExit("some kernels do not compile")
+    else:
+        compile_some(0)
+    return [job.described(json.loads(path.read_text())) for path, job in zip(files, jobs, strict=True)]
 
 
 def _constants(launch: Launch) -> Row:
@@ -254,36 +352,52 @@ def _by_width(row: Row) -> dict[int, int]:
 
 
 def sizes(quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield the sizes whose launches are compiled: a row of a decode step, and several."""
+    """Yield the sizes whose launches are compiled: the one row of a decode step, and rows enough to fill a GPU."""
+    cache = {"slots": 64, "layers": 2}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows, vocabulary in ((1, 152064), (4, 32000))[: 1 if quick else None]:
-            width = 64 if vocabulary > 100_000 else 2048
-            yield {"rows": rows, "vocabulary": vocabulary, "dtype": dtype, "width": width, "slots": 64, "layers": 2}
+        yield {"rows": FEW[0], "vocabulary": FEW[1], "dtype": dtype, "width": 64, **cache}
+        if not quick and dtype is not torch.float16:  # compiles to what bfloat16 does but for one conversion
+            yield {"rows": MANY[0], "vocabulary": MANY[1], "dtype": dtype, "width": 2048, **cache}
 
 
-def run(targets: Sequence[str], wanted: Sequence[str], languages: Sequence[str], quick: bool) -> list[Row]:
-    """Compile the distinct launches of the ops and the CUDA sources of their names on each target, and print them."""
-    device = torch.device("cpu")
-    launches: dict[str, dict[str, Launch]] = {target: {} for target in targets}
+@contextmanager
+def constant_logits() -> Iterator[None]:
+    """Make logits of zeros: no kernel reads them."""
+
+    def zeros(case: spec.Case, *shape: int, generator: object = None) -> Tensor:
+        return torch.zeros(*shape, case.vocabulary, dtype=case.dtype)
+
+    with patch.object(spec, "make_logits", zeros), patch.object(inputs, "make_logits", zeros):
+        yield
+
+
+def launches(targets: Sequence[str], wanted: Sequence[str], quick: bool) -> list[TritonJob]:
+    """Return the distinct launches of the ops on each target."""
+    found: dict[str, dict[str, Launch]] = {target: {} for target in targets}
+    available = ops.backends()
     for size in sizes(quick):
         for problem in problems(**size):
-            if "Triton" in languages and problem.op in wanted and "triton" in ops.backends()[problem.op]:
-                arguments = problem.make(device).arguments
+            if problem.op in wanted and "triton" in available[problem.op]:
+                with constant_logits():
+                    arguments = problem.make(torch.device("cpu")).arguments
                 for target in targets:
                     for launch in launches_of(problem, arguments, target):
-                        launches[target].setdefault(launch.key, launch)
-    rows = []
-    for target in targets:
-        for launch in launches[target].values():
-            rows.append(compiled(launch, target))
-            print(describe(rows[-1]), flush=True)
-        if "CUDA" in languages and target in CUDA_TARGETS and nvcc.missing() is None:
-            for source in sorted(nvcc.SOURCES.glob("*.cu")):
-                if source.stem in wanted:
-                    found = nvcc.compiled(source, CUDA_TARGETS[target])
-                    rows += found
-                    print(*map(describe, found), sep="\n", flush=True)
-    return rows
+                        found[target].setdefault(launch.key, launch)
+    return [TritonJob(launch, target) for target, ours in found.items() for launch in ours.values()]
+
+
+def run(
+    targets: Sequence[str], wanted: Sequence[str], languages: Sequence[str], quick: bool, processes: int
+) -> list[Row]:
+    """Compile the distinct launches of the ops and the CUDA sources of their names on each target, and print them."""
+    jobs: list[Job] = []
+    if "CUDA" in languages and nvcc.missing() is None:
+        sources = [source for source in sorted(nvcc.SOURCES.glob("*.cu")) if source.stem in wanted]
+        jobs += [CudaJob(source, target) for target in targets if target in CUDA_TARGETS for source in sources]
+    if "Triton" in languages:
+        jobs += launches(targets, wanted, quick)
+    rows = [row for found in compile_all(jobs, processes) for row in found]
+    return sorted(rows, key=lambda row: (LANGUAGES.index(row["language"]), targets.index(row["target"])))
 
 
 def describe(row: Row) -> str:
@@ -301,7 +415,8 @@ def describe(row: Row) -> str:
 
 HOW = """\
 **How.** Triton: each distinct launch of each op ({sizes}) is compiled with
-the signature, constants, alignments and options that the launch itself gives. CUDA: `nvcc -O3` of `csrc/cuda`.
+the signature, constants, alignments and options that the launch itself gives. CUDA: `nvcc -O3` of `csrc/cuda`, where
+one code serves all launches.
 Registers a thread, spills and shared memory are those of the machine code (`cuobjdump`; for AMD vector registers, as
 the assembly says). *Occupancy* is the share of a multiprocessor's warps that registers and shared memory allow to
 be resident, by NVIDIA's formula; how many a launch has is another matter. *128-bit*: of all loads in a Triton kernel's
@@ -309,8 +424,15 @@ PTX (LLVM IR for AMD) whose address depends on the thread and on the logits' (or
 loaded before (in kernels with none of these: on one, as in the residual's row), the share by bits; a load of one
 element is none of them. CUDA kernels have a scalar loop for tails and
 unaligned rows beside the vectors: there the figure counts instructions. A cell is the worst of all launches; `/`
-separates {dtypes}."""
+separates {dtypes} (of the verifier's logits, where a CUDA kernel has a drafter's of any dtype too)."""
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def described_sizes(quick: bool) -> str:
+    """Return the sizes of `sizes` in words."""
+    return f"{FEW[0]} row of {FEW[1]} columns" + (
+        "" if quick else f", {MANY[0]} of {MANY[1]}; the latter not in float16"
+    )
 
 
 def document(result: Row) -> str:
@@ -324,7 +446,7 @@ def document(result: Row) -> str:
         "",
         f"Written by `make bench` ({result['date']}, {versions}); the numbers are in `bench/results/compile.json`.",
         "",
-        HOW.format(dtypes=", ".join(DTYPES), sizes="1 row of 152064 columns" + ("" if quick else ", 4 of 32000")),
+        HOW.format(dtypes=", ".join(DTYPES), sizes=described_sizes(quick)),
         "",
         f"{len(rows)} kernels for {', '.join(targets)}. Promised: no spills, at most {MOST_REGISTERS} registers in "
         f"{', '.join(f'`{op}`' for op in REDUCTIONS)} (no filters), from sm_80 on logits by 128-bit loads alone: "
@@ -346,8 +468,8 @@ def _kernels_table(rows: Sequence[Row], targets: Sequence[str]) -> list[str]:
     """Return a line a kernel: registers and occupancy on each target, then spills, shared memory and wide loads."""
     targets = [target for target in targets if any(row["target"] == target for row in rows)]
     lines = []
-    for op, kernel in dict.fromkeys((row["op"], row["kernel"]) for row in rows):
-        ours = [row for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
+    for op, kernel in dict.fromkeys((row["op"], nvcc.without_types(row["kernel"])) for row in rows):
+        ours = [row for row in rows if (row["op"], nvcc.without_types(row["kernel"])) == (op, kernel)]
         nvidia = [row for row in ours if row["target"] in CUDA_TARGETS and CUDA_TARGETS[row["target"]] >= 80]
         amd = [row for row in ours if row["target"] in AMD_TARGETS]
         cells = [_by_dtype([row for row in ours if row["target"] == target], _registers) for target in targets]
@@ -378,20 +500,6 @@ def _wide(rows: Sequence[Row]) -> str:
     return f"{min(shares):.0%}" if shares else "–"
 
 
-def in_processes(targets: Sequence[str], options: Iterable[str], jobs: int) -> list[Row]:
-    """Compile for each target in a process of its own, ``jobs`` at a time."""
-
-    def one(target: str) -> list[Row]:
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "bench.compile_report", "--jobs", "0", "--targets", target]
-            subprocess.run([*command, *options, "--json", str(output)], cwd=ROOT, check=True)
-            return json.loads(output.read_text())["rows"]
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return [row for rows in pool.map(one, targets) for row in rows]
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.splitlines()[0])
@@ -409,12 +517,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "bench.compile_report", *sys.argv[1:]])
 
     start = time.monotonic()
-    if arguments.jobs:
-        options = [*(["--quick"] if arguments.quick else []), "--ops", *arguments.ops]
-        options += ["--languages", *arguments.languages]
-        rows = in_processes(arguments.targets, options, arguments.jobs)
-    else:
-        rows = run(arguments.targets, arguments.ops, arguments.languages, arguments.quick)
+    rows = run(arguments.targets, arguments.ops, arguments.languages, arguments.quick, arguments.jobs)
     wrong = [row for row in rows if faults(row)]
     print(f"== {len(rows)} kernels, {len(wrong)} wrong; {time.monotonic() - start:.0f} s")
     if arguments.json:

@@ -12,9 +12,13 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +32,7 @@ from bench.interpreter import quick_calls
 from bench.markdown import number, table
 from bench.problems import BLOCK, COMPILED, Problem, problems
 from bench.traffic import interpret
-from ugsd_fast import ops
+from ugsd_fast import AudioLM, Decoder, demo, ops
 from ugsd_fast.ops.backend import OPS
 from ugsd_fast.reference.spec import SPECS, Case, make_logits
 
@@ -41,11 +45,14 @@ bandwidth is measured in the same run. Contenders take turns in a shuffled order
 *Cold*: the L2 cache is overwritten before each call; *warm*: the call before was the same one. A fraction of a
 millisecond of waiting keeps the GPU busy while the CPU launches: launches count only where one call makes many, or
 waits for the device."""
+KINDS = ("checks", "draws", "draft_step", "decoding")
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 COPY_BYTES = 1 << 30
 QUEUED_CYCLES = 500_000  # that the GPU waits before a timed call, while the CPU launches it
 RELATIVE, ABSOLUTE = 1e-5, 2e-6  # of float32 results from float32 sums and a GPU's exp2 and log2
 EXPECTED_DRAWS = 0.999  # the rest may be ties within rounding
+WARM_UP = 0.3  # seconds, in which clocks rise
+CLIPS = 4  # that the embedded pair's drafter captions, with and without a graph
 
 
 class Machine(Protocol):
@@ -53,6 +60,7 @@ class Machine(Protocol):
 
     device: torch.device
     dry: bool
+    warm_up: float
 
     def describe(self) -> Row:
         """Say what it is."""
@@ -74,6 +82,7 @@ class Gpu:
     """The current CUDA device."""
 
     dry = False
+    warm_up = WARM_UP
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -90,6 +99,7 @@ class Gpu:
             "l2": self.properties.L2_cache_size,
             "memory": self.properties.total_memory,
             "cuda": torch.version.cuda,
+            "driver, clocks, power": nvidia_smi("driver_version,clocks.sm,clocks.max.sm,power.limit", self.device),
         }
 
     def watched(self) -> Any:
@@ -143,6 +153,7 @@ class DryRun:
     """This process in a GPU's stead: CPU tensors, kernels under Triton's interpreter, a CPU clock, no graphs."""
 
     dry = True
+    warm_up = 0.0
     device = torch.device("cpu")
 
     def describe(self) -> Row:
@@ -162,6 +173,23 @@ class DryRun:
 
     def capture(self, call: Call) -> Call | None:
         return None
+
+
+def nvidia_smi(fields: str, device: torch.device) -> str | None:
+    """Return what nvidia-smi says of a device, None where it says nothing."""
+    command = ["nvidia-smi", f"--id={device.index}", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def attempt(row: Row, work: Callable[[], Row]) -> Row:
+    """Return a row with what ``work`` finds, or with its error: one that fails must not cost the others' rows."""
+    try:
+        return row | work()
+    except Exception as error:
+        return {**row, "passed": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def sizes(dry: bool) -> Iterator[dict[str, Any]]:
@@ -196,24 +224,20 @@ def check(problem: Problem, backend: str, machine: Machine) -> Row:
     built = problem.make(machine.device)
     expected_arguments = on_cpu(copied(built.arguments))
     expected = SPECS[problem.op].oracle(**expected_arguments)
-    row = _named(problem, backend)
     with ops.use_backend(backend):
-        try:
-            first = problem.run(copied(built.arguments))  # compiles, and makes scratch
-            arguments = copied(built.arguments)
-            if problem.op != "kv_compact":
-                arguments["out"] = poisoned(first)
-            machine.wait()
-            with machine.watched():
-                got = problem.run(arguments)
-            machine.wait()
-        except Exception as error:  # one op that fails must not cost the others' rows
-            return {**row, "passed": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        first = problem.run(copied(built.arguments))  # compiles, and makes scratch
+        arguments = copied(built.arguments)
+        if problem.op != "kv_compact":
+            arguments["out"] = poisoned(first)
+        machine.wait()
+        with machine.watched():
+            got = problem.run(arguments)
+        machine.wait()
     if problem.op == "kv_compact":
         got = got, *kept_slots(arguments["kv"], expected)
         expected = expected, *kept_slots(expected_arguments["kv"], expected)
     worst, wrong = compared(on_cpu(got), expected)
-    return {**row, "passed": not wrong, "worst": worst, "wrong": wrong}
+    return {"passed": not wrong, "worst": worst, "wrong": wrong}
 
 
 def poisoned(results: Any) -> Any:
@@ -255,7 +279,7 @@ def draws(backend: str, machine: Machine) -> Row:
             tokens = ops.sample(logits.to(machine.device), seed=seed).tokens.cpu()
         agreed += int((tokens == SPECS["sample"].oracle(logits, seed=seed).tokens).sum())
         total += len(tokens)
-    return {"backend": backend, "draws": total, "agreed": agreed / total, "passed": agreed >= EXPECTED_DRAWS * total}
+    return {"draws": total, "agreed": agreed / total, "passed": agreed >= EXPECTED_DRAWS * total}
 
 
 def _named(problem: Problem, backend: str) -> Row:
@@ -281,6 +305,7 @@ def copy_bandwidth(machine: Machine, rounds: int) -> Row:
 
 def contenders(problem: Problem, machine: Machine) -> tuple[dict[str, Call], dict[str, str], int]:
     """Return every call of a problem by name, why others are left out, and the bytes that it needs to move."""
+    torch.compiler.reset()  # the peers of all problems are the same few functions, of which a handful compiles at most
     built = problem.make(machine.device)
     calls: dict[str, Call] = {}
     left_out: dict[str, str] = {}
@@ -299,9 +324,13 @@ def contenders(problem: Problem, machine: Machine) -> tuple[dict[str, Call], dic
             left_out[backend] = reason
             continue
         arguments = copied(built.arguments)
+        try:
+            results = on(backend, arguments)()
+            machine.wait()
+        except Exception as error:
+            left_out[backend] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
         if problem.op != "kv_compact":
-            with ops.use_backend(backend):
-                results = problem.run(arguments)
             arguments["out"] = results
             needed = problem.needed(built.arguments, results)
         else:
@@ -325,9 +354,13 @@ def contenders(problem: Problem, machine: Machine) -> tuple[dict[str, Call], dic
 
 def interleaved(calls: Mapping[str, Call], machine: Machine, rounds: int, cold: bool) -> dict[str, list[float]]:
     """Time every call once a round, in a shuffled order."""
-    for call in calls.values():
-        call()
-    machine.wait()
+    end = time.perf_counter() + machine.warm_up
+    while True:
+        for call in calls.values():
+            call()
+        machine.wait()
+        if time.perf_counter() >= end:
+            break
     pending: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     for _ in range(rounds):
@@ -388,6 +421,13 @@ class DraftStep:
             ops.sample(self.logits[i : i + 1], seed=self.seed, offset=self.offsets[i], out=drawn)
         ops.gate_block(self.entropy, threshold=1.5, out=self.verdict)
 
+    def poison(self) -> None:
+        """Write over all results."""
+        for drawn in self.drawn:
+            drawn.tokens.fill_(-7)
+        self.entropy.fill_(torch.nan)
+        self.verdict[0].fill_(torch.nan)
+
     def results(self) -> list[Any]:
         """Return tokens, entropies and the verdict."""
         return [
@@ -400,7 +440,7 @@ class DraftStep:
 def draft_step(backend: str, machine: Machine, rounds: int) -> Row:
     """Capture a draft step in a graph, replay it on other logits and offsets, and compare with calls one by one."""
     step = DraftStep(1100 if machine.dry else 152064, torch.bfloat16, machine.device)
-    row: Row = {"backend": backend, "captured": False}
+    row: Row = {"captured": False}
     with ops.use_backend(backend):
         step.run()
         replay = machine.capture(step.run)
@@ -413,7 +453,7 @@ def draft_step(backend: str, machine: Machine, rounds: int) -> Row:
             step.run()
             expected = step.results()
             if replay is not None:
-                step.verdict[0].fill_(torch.nan)
+                step.poison()
                 replay()
                 machine.wait()
             agreed += step.results() == expected
@@ -427,10 +467,34 @@ def draft_step(backend: str, machine: Machine, rounds: int) -> Row:
     }
 
 
-def run(machine: Machine, wanted: Sequence[str], rounds: int, checks_only: bool) -> Row:
-    """Check and time everything, print each row as it comes, and return all."""
-    result: Row = {"device": machine.describe(), "missing": {**peers.missing()}}
-    result["checks"], result["timings"], result["draws"], result["draft_step"] = [], [], [], []
+def decoding(machine: Machine) -> Row:
+    """Caption clips with the embedded pair's drafter, its step captured in a graph and not: the same tokens come."""
+    drafter = AudioLM.from_pretrained(demo.PAIR_FOLDER / "draft", device=machine.device)
+    clips, settings = demo.clips()[: 1 if machine.dry else CLIPS], demo.pair_settings()
+    tokens: dict[bool, list[Any]] = {}
+    seconds: dict[str, float] = {}
+    for graph in (False, True):
+        decoder = Decoder(drafter, None, replace(settings.config, graph=graph))
+        for _ in range(2):  # the first captures
+            start = time.perf_counter()
+            results = [decoder.generate(clip.path, prompt=settings.prompt, max_new_tokens=32) for clip in clips]
+            elapsed = time.perf_counter() - start
+        tokens[graph] = [result.tokens for result in results]
+        seconds["graph" if graph else "calls"] = elapsed / sum(result.metrics.drafter_forwards for result in results)
+    agreed = sum(one == other for one, other in zip(tokens[False], tokens[True], strict=True))
+    captured = any(step.captured for idle in decoder._idle_graphs for step in idle.steps)
+    return {
+        "clips": len(clips),
+        "agreed": agreed,
+        "captured": captured,
+        "passed": 2 * agreed > len(clips) and captured != machine.dry,  # a tie in float32 may turn one caption
+        "us": {name: 1e6 * one for name, one in seconds.items()},
+    }
+
+
+def run(machine: Machine, wanted: Sequence[str], rounds: int, checks_only: bool, result: Row) -> None:
+    """Check and time everything, print each row as it comes, and add all to the result."""
+    result |= {"device": machine.describe(), "missing": {**peers.missing()}}
     for size in sizes(machine.dry):
         for problem in problems(**size):
             for backend in BACKENDS if problem.op in wanted else ():
@@ -438,15 +502,20 @@ def run(machine: Machine, wanted: Sequence[str], rounds: int, checks_only: bool)
                 if reason is not None:
                     result["missing"][f"{problem.op} on {backend}"] = reason
                     continue
-                result["checks"].append(check(problem, backend, machine))
+                work = partial(check, problem, backend, machine)
+                result["checks"].append(attempt(_named(problem, backend), work))
                 print(describe_check(result["checks"][-1]), flush=True)
     for backend in BACKENDS:
         if "sample" in wanted and why_missing("sample", backend, machine) is None:
-            result["draws"].append(draws(backend, machine))
+            result["draws"].append(attempt({"backend": backend}, partial(draws, backend, machine)))
             print(result["draws"][-1], flush=True)
             if why_missing("gate_block", backend, machine) is None:
-                result["draft_step"].append(draft_step(backend, machine, rounds))
+                work = partial(draft_step, backend, machine, rounds)
+                result["draft_step"].append(attempt({"backend": backend}, work))
                 print(result["draft_step"][-1], flush=True)
+    if "sample" in wanted:
+        result["decoding"].append(attempt({}, partial(decoding, machine)))
+        print(result["decoding"][-1], flush=True)
     if not checks_only:
         bandwidth = copy_bandwidth(machine, rounds)
         result["copy_bandwidth"] = bandwidth
@@ -488,12 +557,23 @@ def document(result: Row) -> str:
             if ours:
                 lines.append(f"- `{op}` on {backend}: {len(ours) - len(wrong)} of {len(ours)} agree")
                 lines += [f"    - {describe_check(row)}" for row in wrong]
-    for row in result["draws"]:
+    for kind in KINDS[1:]:
+        failed = [row for row in result[kind] if "error" in row]
+        lines += [f"- {kind} {row.get('backend', '')}: **{row['error']}**" for row in failed]
+    for row in _without_error(result["draws"]):
         lines.append(f"- {row['draws']} draws on {row['backend']}: {row['agreed']:.3%} are the oracle's tokens")
-    for row in result["draft_step"]:
+    for row in _without_error(result["decoding"]):
+        times = ", ".join(f"{name} {number(one)} µs" for name, one in row["us"].items())
+        how = "captured in a graph" if row["captured"] else "not captured"
+        lines.append(
+            f"- {row['agreed']} of {row['clips']} captions are the same with `graph=True` ({how}); a step: {times}"
+        )
+    for row in _without_error(result["draft_step"]):
         times = ", ".join(f"{name} {number(one['median'])} µs" for name, one in row["us"].items())
         how = "captured in a graph and replayed" if row["captured"] else row["reason"]
         lines.append(f"- draft step on {row['backend']} ({how}): {times}; {'right' if row['passed'] else '**wrong**'}")
+    if "broken" in result:
+        lines += ["", f"**Ended early**: {result['broken']}"]
     if result["timings"]:
         lines += ["", "## Times", "", *_timings_table(result["timings"])]
     lines += ["", *(f"Not measured: {name}: {reason}." for name, reason in result["missing"].items())]
@@ -534,9 +614,13 @@ def _timings_table(timings: Sequence[Row]) -> list[str]:
     return table(header, lines, 6)
 
 
+def _without_error(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "error" not in row]
+
+
 def passed(result: Row) -> bool:
     """Return whether every check held."""
-    return all(row["passed"] for kind in ("checks", "draws", "draft_step") for row in result[kind])
+    return "broken" not in result and all(row["passed"] for kind in KINDS for row in result[kind])
 
 
 def main() -> None:
@@ -558,16 +642,21 @@ def main() -> None:
         raise SystemExit("no GPU: torch.cuda.is_available() is False here; --dry-run runs the same code without one")
     here: Machine = DryRun() if arguments.dry_run else Gpu()
     rounds = arguments.rounds or (2 if arguments.dry_run else 50)
+    result: Row = {"schema": SCHEMA, "date": now(), "machine": machine(), "rounds": rounds, "timings": []}
+    result |= {kind: [] for kind in KINDS}
     with quick_calls() if here.dry else nullcontext():
-        result = run(here, arguments.ops, rounds, arguments.checks)
-    result = {"schema": SCHEMA, "date": now(), "machine": machine(), "rounds": rounds, **result}
+        try:
+            run(here, arguments.ops, rounds, arguments.checks, result)
+        except Exception as error:  # what was found so far is written
+            traceback.print_exc()
+            result["broken"] = f"{type(error).__name__}: {error}".splitlines()[0]
     print(document(result))
     whole = not (arguments.dry_run or arguments.checks) and set(arguments.ops) == set(OPS)
     output = arguments.json or (RESULTS if whole else None)
     if output:
         output.write_text(json.dumps(rounded(result), indent=1, ensure_ascii=False) + "\n")
     if not passed(result):
-        raise SystemExit("some results differ from the oracle's")
+        raise SystemExit(result.get("broken", "some results differ from the oracle's"))
 
 
 if __name__ == "__main__":

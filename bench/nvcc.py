@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from bench import assembly
@@ -34,9 +35,9 @@ def version() -> dict[str, str]:
 def compiled(source: Path, capability: int) -> list[Row]:
     """Compile one source for one architecture and return a row for each of its kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        log = _nvcc(source, "-cubin", f"-arch=sm_{capability}", "-Xptxas", "-v", "-o", cubin)
-        _nvcc(source, "-ptx", f"-arch=compute_{capability}", "-o", ptx)
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / f"{source.stem}.ptx"
+        keep = ("--keep", "--keep-dir", folder)  # the PTX on the way
+        log = _nvcc(source, "-cubin", f"-arch=sm_{capability}", "-Xptxas", "-v", *keep, "-o", cubin)
         usage = assembly.resource_usage(assembly.cuobjdump("-res-usage", cubin))
         sass = by_function(assembly.cuobjdump("-sass", cubin))
         threads = dict(re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx.read_text()))
@@ -68,6 +69,14 @@ def compiled(source: Path, capability: int) -> list[Row]:
     return rows
 
 
+@cache
+def fingerprint(source: Path) -> str:
+    """Return what the machine code of a source depends on beside the target: it, the headers and the compiler."""
+    headers = ROOT / "csrc" / "include" / "ugsd"
+    files = [source, *sorted(headers.glob("*.h")), *sorted(headers.glob("cuda/*.h"))]
+    return "; ".join([str(version()), *FLAGS[:2], *(path.read_text() for path in files)])
+
+
 def _nvcc(source: Path, *options: str | Path) -> str:
     done = subprocess.run(["nvcc", *FLAGS, *options, source], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -93,6 +102,11 @@ def dtype_of(name: str) -> str | None:
     """Return the dtype among a kernel's template arguments, None where it has none."""
     match = re.search(r"[<, ](float16|bfloat16|float)[>,]", name)
     return match and ("float32" if match[1] == "float" else match[1])
+
+
+def without_types(name: str) -> str:
+    """Return a kernel's name without the element types among its template arguments."""
+    return re.sub(r"(<|, )(?:b?float(?:16)?(?:, )?)+", r"\1", name).replace("<>", "").replace(", >", ">")
 
 
 def name_of(symbol: str) -> str:

@@ -31,8 +31,7 @@ from ugsd_fast.kernels.rows import (
     flat,
     load_tile,
     log1p,
-    multiprocessors,
-    plan,
+    plan_of,
     row_offset,
     scratch,
     setting,
@@ -158,9 +157,9 @@ def prefix_kernel(
         p_record = p_records + i_row.to(tl.int64) * tiles * 5
         for i_tile in range(i_split, tiles, splits):
             b_z = load_tile(p_row, i_tile * TILE, columns, TILE)  # [TILE]
-            top, others, moment, _, argmax = tile_record(b_z, i_tile * TILE, OCTAVES, TILE)
+            top, others, moment, _, i_top = tile_record(b_z, OCTAVES, TILE)
             tl.store(p_record + i_tile, top)
-            tl.store(p_record + tiles + i_tile, argmax.to(tl.float32, bitcast=True))
+            tl.store(p_record + tiles + i_tile, (i_tile * TILE + i_top).to(tl.float32, bitcast=True))
             if WEIGHS:
                 tl.store(p_record + 2 * tiles + i_tile, others)
             if RULE == "typical":
@@ -555,8 +554,7 @@ def accept_block(
     sampling = rule in ("exact", "block")
     of_each = block + 1 + (block if sampling and draft_logits is not None and draft_logsumexp is None else 0)
     rows = batch * of_each
-    size = target_logits.element_size()
-    launch = plan(rows, columns, multiprocessors(device), size)
+    launch = plan_of(target, rows)
     if not sampling:
         counters, (verdicts, records) = _scratch(device, rows + batch, rows, 5 * rows * launch.tiles)
         prefix_kernel[launch.grid](
@@ -586,7 +584,7 @@ def accept_block(
         )
         return out
 
-    again = plan(batch, columns, multiprocessors(device), size)
+    again = plan_of(target, batch)
     counters, (state, pending, records, residuals) = _scratch(
         device,
         max(rows + batch, batch * block),

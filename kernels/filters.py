@@ -1,10 +1,11 @@
 """Top-k, top-p and min-p as one threshold on the logit, for `filter_logits` and `sample`: what is under it goes.
 
-No sort, and few columns read twice. The pass that reads the row keeps the maximum of each group of 128 columns. The
-k-th largest of those is a bound under which no survivor of top-k lies; columns under (1 - p) / V of the mass cannot,
-all together, hold what top-p cuts. Only groups that reach the bound are read again. They are searched by bisection of
-the bit patterns, which order like the numbers: while more columns are in question than a tile holds, one pass over the
-groups halves the interval; the last one writes the columns in question side by side, and the rest happens in registers.
+No sort, and few columns read twice. The pass that reads the row keeps the maximum of each group of 32 or more columns.
+The k-th largest of those is a bound under which no survivor of top-k lies; columns under (1 - p) / V of the mass
+cannot, all together, hold what top-p cuts. Only groups that reach the bound are read again, once: the columns in them
+that reach it, the *candidates*, are written side by side, and where they fit a tile, as they do but in flat rows, the
+rest happens in registers. It is a bisection of the bit patterns, which order like the numbers. In flat rows each pass
+over the groups halves the interval until no more columns are in question than a tile holds.
 """
 
 from __future__ import annotations
@@ -15,9 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ugsd_fast.kernels.rows import FIELDS, INFINITY, LARGEST, Plan, Rows, clean, exponents, flat, registers, scratch
+from ugsd_fast.kernels.rows import (
+    CHUNK,
+    FIELDS,
+    INFINITY,
+    LARGEST,
+    Plan,
+    Rows,
+    clean,
+    draw_column,
+    draw_index,
+    exponents,
+    flat,
+    packed,
+    registers,
+    scratch,
+)
 
-GROUP = 128
+MOST_GROUPS = 2048
 
 
 @triton.jit
@@ -40,7 +56,14 @@ def middle(low, high):
 
 
 @triton.jit
-def bisect(b_z, b_weight, above, target, low, high):
+def weight_of(b_z, m, top, octaves, by_mass):
+    """Return what the columns in a mask weigh, a float64: their mass relative to ``top``, or their number."""
+    b_weight = tl.where(by_mass, tl.exp2(exponents(b_z, top, octaves)), 1.0)
+    return tl.sum(tl.where(m, b_weight, 0.0), 0).to(tl.float64)
+
+
+@triton.jit
+def bisect(b_z, top, octaves, above, target, low, high, by_mass):
     """Return the key, from ``low`` on and under ``high``, of the lowest of the largest logits that weigh ``target``.
 
     ``above`` is the weight at or over ``high``, which falls short; that of ``low`` is known to suffice. Both ends close
@@ -49,7 +72,7 @@ def bisect(b_z, b_weight, above, target, low, high):
     while middle(low, high) > low:
         mid = middle(low, high)
         m_upper = b_z >= value_of(mid)
-        enough = above + tl.sum(tl.where(m_upper, b_weight, 0.0), 0).to(tl.float64) >= target
+        enough = above + weight_of(b_z, m_upper, top, octaves, by_mass) >= target
         # The smallest at or over the middle, negative, or the largest under it.
         nearest = tl.max(tl.where(m_upper == enough, tl.where(enough, -b_z, b_z), -INFINITY), 0)
         low = tl.where(enough, tl.minimum(key_of(-nearest), high - 1), low)
@@ -57,27 +80,36 @@ def bisect(b_z, b_weight, above, target, low, high):
     return low
 
 
+# A row's workspace: TILE candidates of 8 bytes, then its groups' maxima, and the numbers of those listed.
+
+
 @triton.jit
-def store_group_maxima(p_work, b_z, i_tile, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """Write the maxima of a tile's groups to the row's workspace ``[GROUPS maxima, GROUPS numbers, TILE values]``."""
+def maxima_of(p_work, p_row, TILE: tl.constexpr):
+    """Return where a workspace has the maxima ``[GROUPS]``, of the logits' type."""
+    return (p_work + 2 * TILE).to(tl.pointer_type(p_row.dtype.element_ty), bitcast=True)
+
+
+@triton.jit
+def numbers_of(p_work, TILE: tl.constexpr, GROUPS: tl.constexpr):
+    """Return where a workspace has the numbers ``[GROUPS]``."""
+    return (p_work + 2 * TILE + GROUPS).to(tl.pointer_type(tl.int16), bitcast=True)
+
+
+@triton.jit
+def store_group_maxima(p_work, p_row, b_z, i_tile, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """Write the maxima of a tile's groups to the row's workspace."""
     b_max = tl.max(tl.reshape(b_z, (TILE // GROUP, GROUP)), 1)
-    tl.store(p_work + i_tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP), b_max)
+    p_max = maxima_of(p_work, p_row, TILE) + i_tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+    tl.store(p_max, packed(b_max, p_row))
 
 
 @triton.jit
-def load_group_maxima(p_work, tiles, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the maxima of all groups of a row, ``[GROUPS]``."""
-    o_g = tl.arange(0, GROUPS)
-    return tl.load(p_work + o_g, mask=o_g < tiles * (TILE // GROUP), other=-INFINITY, cache_modifier=".cg")
-
-
-@triton.jit
-def list_groups(p_work, tiles, bound, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+def list_groups(p_work, b_max, bound, TILE: tl.constexpr, GROUPS: tl.constexpr):
     """Write the numbers of the groups that reach ``bound`` side by side, and return how many they are."""
-    p_numbers = (p_work + GROUPS).to(tl.pointer_type(tl.int32), bitcast=True)
-    m_in = load_group_maxima(p_work, tiles, TILE, GROUP, GROUPS) >= bound
-    tl.debug_barrier()  # the list before this one has been read
-    tl.store(p_numbers + tl.cumsum(m_in.to(tl.int32), 0) - 1, tl.arange(0, GROUPS), mask=m_in)
+    m_in = b_max >= bound
+    o_g = tl.arange(0, GROUPS)
+    p_number = numbers_of(p_work, TILE, GROUPS) + tl.cumsum(m_in.to(tl.int32), 0) - 1
+    tl.store(p_number, o_g.to(tl.int16), mask=m_in)
     tl.debug_barrier()
     return tl.sum(m_in.to(tl.int32), 0)
 
@@ -85,64 +117,99 @@ def list_groups(p_work, tiles, bound, TILE: tl.constexpr, GROUP: tl.constexpr, G
 @triton.jit
 def load_groups(p_row, p_work, first, listed, columns, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Return the logits ``[TILE]`` of the listed groups from ``first`` on, -inf past the last."""
-    p_numbers = (p_work + GROUPS).to(tl.pointer_type(tl.int32), bitcast=True)
     o_g = first + tl.arange(0, TILE // GROUP)
-    b_number = tl.load(p_numbers + o_g, mask=o_g < listed, other=0)
+    b_number = tl.load(numbers_of(p_work, TILE, GROUPS) + o_g, mask=o_g < listed, other=0).to(tl.int32)
     o_v = b_number[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     b_z = tl.load(p_row + o_v, mask=(o_g < listed)[:, None] & (o_v < columns), other=-INFINITY)
     return clean(tl.reshape(b_z, (TILE,)))
 
 
 @triton.jit
-def weights(b_z, top, octaves, MASS: tl.constexpr):
-    """Return what each column counts: its mass relative to ``top``, or one."""
-    return tl.exp2(exponents(b_z, top, octaves)) if MASS else tl.where(b_z > -INFINITY, 1.0, 0.0)
+def columns_at(p_work, o_place, m, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Return the columns at places among the columns of the groups listed."""
+    b_number = tl.load(numbers_of(p_work, TILE, GROUPS) + o_place // GROUP, mask=m).to(tl.int32)
+    return b_number * GROUP + o_place % GROUP
 
 
 @triton.jit
-def select(
+def bits_of(b_z, p_row):
+    """Return the bits of logits in their own type, as int64."""
+    if p_row.dtype.element_ty.primitive_bitwidth == 16:
+        return packed(b_z, p_row).to(tl.uint16, bitcast=True).to(tl.int64)
+    else:
+        return packed(b_z, p_row).to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def gather(
+    p_row, p_work, listed, columns, low, high, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Write the first TILE columns of the listed groups from ``low`` on and up to ``high``; return how many there are.
+
+    A candidate is its logit and its place among the columns of the groups listed.
+    """
+    p_candidate = p_work.to(tl.pointer_type(tl.int64), bitcast=True)
+    found = tl.full((), 0, tl.int32)
+    tl.debug_barrier()  # what was there has been read
+    for first in range(0, listed, TILE // GROUP):
+        b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
+        m_in = (b_z >= low) & (b_z <= high)
+        o_i = found + tl.cumsum(m_in.to(tl.int32), 0) - 1
+        b_place = (first * GROUP + tl.arange(0, TILE)).to(tl.int64)
+        tl.store(p_candidate + o_i, (b_place << 32) | bits_of(b_z, p_row), mask=m_in & (o_i < TILE))
+        found += tl.sum(m_in.to(tl.int32), 0)
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def load_candidates(p_row, p_work, found, TILE: tl.constexpr):
+    """Return the candidates' logits ``[TILE]``, -inf past the last."""
+    o_i = tl.arange(0, TILE)
+    p_z = p_work.to(tl.pointer_type(p_row.dtype.element_ty), bitcast=True)
+    step: tl.constexpr = 64 // p_row.dtype.element_ty.primitive_bitwidth
+    return clean(tl.load(p_z + step * o_i, mask=o_i < found, other=-INFINITY))
+
+
+@triton.jit
+def load_places(p_work, o_i, m):
+    """Return the candidates' places among the columns of the groups listed."""
+    return tl.load(p_work.to(tl.pointer_type(tl.int32), bitcast=True) + 2 * o_i + 1, mask=m)
+
+
+@triton.jit
+def narrow(
     p_row,
     p_work,
     listed,
+    question,
     columns,
     top,
     octaves,
     target,
-    lowest,
-    MASS: tl.constexpr,
+    low,
+    high,
+    by_mass,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Return the lowest of the largest logits that together weigh ``target``, none of which is under ``lowest``."""
-    p_values = p_work + 2 * GROUPS
-    low, high = key_of(lowest), key_of(top) + 1
+    """Return (low, high, above) between which no more than TILE columns are in question, of ``question`` at first."""
     above = tl.full((), 0.0, tl.float64)
-    found = tl.full((), 0, tl.int32)
-    searching = True
-    while searching:
+    while (question > TILE) & (middle(low, high) > low):
         mid = middle(low, high)
-        found = tl.full((), 0, tl.int32)
-        weight = above * 0.0
+        weight, upper = above * 0.0, question * 0
         for first in range(0, listed, TILE // GROUP):
             b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
-            m_in = (b_z >= value_of(low)) & (b_z < value_of(high))
             m_upper = (b_z >= value_of(mid)) & (b_z < value_of(high))
-            weight += tl.sum(tl.where(m_upper, weights(b_z, top, octaves, MASS), 0.0), 0).to(tl.float64)
-            place = found + tl.cumsum(m_in.to(tl.int32), 0) - 1
-            tl.store(p_values + place, b_z, mask=m_in & (place < TILE))
-            found += tl.sum(m_in.to(tl.int32), 0)
-        searching = (found > TILE) & (mid > low)
-        if searching:
-            enough = above + weight >= target
-            low = tl.where(enough, mid, low)
-            high = tl.where(enough, high, mid)
-            above = tl.where(enough, above, above + weight)
-            tl.debug_barrier()
-    tl.debug_barrier()
-    o_i = tl.arange(0, TILE)
-    b_z = tl.load(p_values + o_i, mask=o_i < found, other=-INFINITY)
-    return value_of(bisect(b_z, weights(b_z, top, octaves, MASS), above, target, low, high))
+            weight += weight_of(b_z, m_upper, top, octaves, by_mass)
+            upper += tl.sum(m_upper.to(tl.int32), 0)
+        enough = above + weight >= target
+        question = tl.where(enough, upper, question - upper)
+        low = tl.where(enough, mid, low)
+        high = tl.where(enough, high, mid)
+        above = tl.where(enough, above, above + weight)
+    return low, high, above
 
 
 @triton.jit
@@ -164,9 +231,33 @@ def sum_groups(
     b_mass = tl.zeros((RECORDS,), tl.float64)
     for i_tile in range(tl.cdiv(listed, TILE // GROUP)):
         b_z = load_groups(p_row, p_work, i_tile * (TILE // GROUP), listed, columns, TILE, GROUP, GROUPS)
-        b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
-        b_mass = tl.where(o_t == i_tile, tl.sum(b_e, 0).to(tl.float64), b_mass)
+        b_mass = tl.where(o_t == i_tile, weight_of(b_z, b_z >= threshold, top, octaves, True), b_mass)
     return b_mass
+
+
+@triton.jit
+def mass_over(
+    p_row,
+    p_work,
+    listed,
+    found,
+    columns,
+    threshold,
+    top,
+    octaves,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return the mass, a float64, of the candidates at or over ``threshold``."""
+    mass = tl.full((), 0.0, tl.float64)
+    for first in range(0, listed if found > TILE else 1, TILE // GROUP):
+        if found <= TILE:
+            b_z = load_candidates(p_row, p_work, found, TILE)
+        else:
+            b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
+        mass += weight_of(b_z, b_z >= threshold, top, octaves, True)
+    return mass
 
 
 @triton.jit
@@ -189,41 +280,119 @@ def filter_threshold(
     GROUP: tl.constexpr,
     RECORDS: tl.constexpr,
 ):
-    """Return the lowest logit that stays in a row with a finite one; -inf where the filters cut nothing."""
+    """Return (threshold, listed, found) of a row with a finite logit, which some filter may cut.
+
+    The lowest logit that stays; the groups listed, among which are all that reach it; and the candidates, all those
+    that reach it among them, of which the workspace holds every one if there are no more than TILE.
+    """
     GROUPS: tl.constexpr = RECORDS * (TILE // GROUP)
-    threshold = tl.full((), -INFINITY, tl.float32)
     total = 1.0 + others
+    threshold = tl.full((), -LARGEST, tl.float32)
     if MIN_P:
         if min_p > 0:
             bound = top.to(tl.float64) + tl.log(tl.minimum(min_p, 1.0).to(tl.float64)) / scale
             threshold = bound.to(tl.float32)
             threshold = tl.where(threshold.to(tl.float64) < bound, value_of(key_of(threshold) + 1), threshold)
-    lowest = threshold  # of top-p's columns: what is under min-p's bound decides nothing
+            threshold = tl.maximum(threshold, -LARGEST)
+    cuts_k, cuts_p = top_k < 0, top_k < 0
     if TOP_K:
-        if (top_k > 0) & (top_k < columns):
-            k = top_k.to(tl.float64)
-            b_max = load_group_maxima(p_work, tiles, TILE, GROUP, GROUPS)
-            b_one = tl.where(b_max > -INFINITY, 1.0, 0.0)
-            bound = value_of(bisect(b_max, b_one, 0.0, k, key_of(tl.full((), -LARGEST, tl.float32)), key_of(top) + 1))
-            listed = list_groups(p_work, tiles, bound, TILE, GROUP, GROUPS)
-            kth = select(p_row, p_work, listed, columns, top, octaves, k, bound, False, TILE, GROUP, GROUPS)
-            lowest = tl.maximum(lowest, kth)
-            if TOP_P:
-                if top_p < 1:
-                    listed = list_groups(p_work, tiles, kth, TILE, GROUP, GROUPS)
-                    b_mass = sum_groups(p_row, p_work, listed, columns, kth, top, octaves, TILE, GROUP, GROUPS, RECORDS)
-                    total = tl.sum(b_mass, 0)
-    threshold = lowest
+        cuts_k = (top_k > 0) & (top_k < columns)
     if TOP_P:
-        if top_p < 1:
-            p = top_p.to(tl.float64)
-            share = 0.99 * (1.0 - p) * total / columns  # a digit is left for rounding
-            bound = tl.minimum(top.to(tl.float64), tl.maximum(top.to(tl.float64) + tl.log(share) / scale, -LARGEST))
-            lowest = tl.maximum(lowest, bound.to(tl.float32))
-            listed = list_groups(p_work, tiles, lowest, TILE, GROUP, GROUPS)
-            nucleus = select(p_row, p_work, listed, columns, top, octaves, p * total, lowest, True, TILE, GROUP, GROUPS)
-            threshold = tl.maximum(threshold, nucleus)
-    return threshold
+        cuts_p = top_p < 1
+
+    # The bound of the candidates: what is under the threshold of min-p decides nothing, but for the mass of top-k.
+    lowest = threshold
+    if TOP_P:
+        if cuts_p and not cuts_k:
+            share = 0.99 * (1.0 - top_p.to(tl.float64)) * total / columns  # a digit is left for rounding
+            bound = tl.maximum(top.to(tl.float64) + tl.log(share) / scale, -LARGEST)
+            lowest = tl.maximum(lowest, tl.minimum(top.to(tl.float64), bound).to(tl.float32))
+    o_g = tl.arange(0, GROUPS)
+    m_g = o_g < tiles * (TILE // GROUP)
+    b_max = clean(tl.load(maxima_of(p_work, p_row, TILE) + o_g, mask=m_g, other=-INFINITY, cache_modifier=".cg"))
+    if TOP_K:
+        if cuts_k:
+            low, high = key_of(tl.full((), -LARGEST, tl.float32)), key_of(top) + 1
+            bound = value_of(bisect(b_max, top, octaves, 0.0, top_k.to(tl.float64), low, high, False))
+            lowest = bound if cuts_p else tl.maximum(lowest, bound)
+    listed = list_groups(p_work, b_max, lowest, TILE, GROUPS)
+    # All candidates first, then those in question for top-k, and for top-p of the mass that top-k leaves.
+    found = tl.full((), 0, tl.int32)
+    for stage in range(0, 3 if TOP_P else 2 if TOP_K else 1):
+        by_mass = stage == 2
+        if (stage == 0) | (cuts_p if by_mass else cuts_k):
+            target = tl.where(by_mass, top_p.to(tl.float64) * total, top_k.to(tl.float64))
+            low, high, above = narrow(
+                p_row,
+                p_work,
+                listed,
+                found,
+                columns,
+                top,
+                octaves,
+                target,
+                key_of(lowest),
+                key_of(top) + 1,
+                by_mass,
+                TILE,
+                GROUP,
+                GROUPS,
+            )
+            question = found
+            if (stage == 0) | (found > TILE):
+                question = gather(
+                    p_row, p_work, listed, columns, value_of(low), value_of(high - 1), TILE, GROUP, GROUPS
+                )
+            if stage == 0:
+                found = question
+            else:
+                b_z = load_candidates(p_row, p_work, question, TILE)
+                lowest = value_of(bisect(b_z, top, octaves, above, target, low, high, by_mass))
+                threshold = tl.maximum(threshold, lowest)
+                if TOP_K and TOP_P:
+                    if cuts_p and not by_mass:
+                        total = mass_over(
+                            p_row, p_work, listed, found, columns, lowest, top, octaves, TILE, GROUP, GROUPS
+                        )
+    return threshold, listed, found
+
+
+@triton.jit
+def draw_filtered(
+    p_row,
+    p_work,
+    columns,
+    threshold,
+    listed,
+    found,
+    top,
+    octaves,
+    u,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    RECORDS: tl.constexpr,
+):
+    """Return the column of the draw ``u`` among those at or over ``threshold``, and their mass in units of ``top``."""
+    GROUPS: tl.constexpr = RECORDS * (TILE // GROUP)
+    begin = tl.full((), 0, tl.int32)
+    before = tl.full((), 0.0, tl.float64)
+    total = before
+    if found <= TILE:
+        b_z = load_candidates(p_row, p_work, found, TILE)
+    else:
+        b_mass = sum_groups(p_row, p_work, listed, columns, threshold, top, octaves, TILE, GROUP, GROUPS, RECORDS)
+        total = tl.sum(b_mass, 0)
+        i_tile, before = draw_index(b_mass, u * total, RECORDS)
+        begin = i_tile * TILE
+        b_z = load_groups(p_row, p_work, begin // GROUP, listed, columns, TILE, GROUP, GROUPS)
+    b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
+    if found <= TILE:
+        total = tl.sum(tl.sum(tl.reshape(b_e, (TILE // CHUNK, CHUNK)), 1).to(tl.float64), 0)
+    place = begin + draw_column(b_e, u * total - before, TILE)
+    if found <= TILE:
+        place = load_places(p_work, place, None)
+    column = columns_at(p_work, place, None, TILE, GROUP, GROUPS)
+    return column, total
 
 
 class Filters(NamedTuple):
@@ -234,12 +403,14 @@ class Filters(NamedTuple):
     min_p: bool
 
     def group(self, launch: Plan) -> int:
-        """Return the columns of a group."""
-        return min(GROUP, launch.tile)
+        """Return the columns of a group: about √(2 V / k) for the usual k, where maxima and candidates weigh alike."""
+        columns = launch.records * launch.tile
+        return min(max(32, columns // MOST_GROUPS), launch.tile)
 
     def workspace(self, launch: Plan) -> int:
-        """Return the floats of a row's workspace: maxima and numbers of its groups, and the columns in question."""
-        return 2 * launch.records * (launch.tile // self.group(launch)) + launch.tile if any(self) else 0
+        """Return the floats of a row's workspace: candidates, maxima and numbers of its groups."""
+        groups = launch.records * (launch.tile // self.group(launch))
+        return 2 * (launch.tile + groups) if any(self) else 0
 
     def scratch(self, rows: Rows, launch: Plan) -> tuple[Tensor, Tensor, Tensor]:
         """Return counters, records and workspaces for one launch."""
@@ -258,7 +429,7 @@ class Filters(NamedTuple):
             "GROUP": self.group(launch),
             "WORKSPACE": self.workspace(launch),
         }
-        return constants | launch.options | (registers(168) if any(self) else {})
+        return constants | launch.options | (registers(128) if any(self) else {})
 
 
 def filters_of(columns: int, settings: tuple[Any, ...]) -> Filters:

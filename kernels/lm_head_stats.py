@@ -25,6 +25,7 @@ from ugsd_fast.kernels.rows import (
     load_records,
     merge_records,
     octaves_of,
+    record_fields,
     registers,
     row_offset,
     row_stats,
@@ -47,22 +48,26 @@ def store_records(p_records, o_m, m_m, i_tile, tiles, b_z, octaves, BLOCK_V: tl.
     b_y = tl.maximum((b_z - reference[:, None]) * octaves[:, None], -200.0)
     b_e = tl.where(m_other, tl.exp2(b_y), 0.0)
     p_record = p_records + (o_m.to(tl.int64) * tiles + i_tile) * FIELDS
-    tl.store(p_record, top, mask=m_m)
-    tl.store(p_record + 1, tl.sum(b_e, 1), mask=m_m)
-    tl.store(p_record + 2, tl.sum(b_y * b_e, 1), mask=m_m)
-    tl.store(p_record + 3, tl.max(tl.where(m_other, b_z, -INFINITY), 1), mask=m_m)
-    tl.store(p_record + 4, (i_tile * BLOCK_V + i_top).to(tl.float32, bitcast=True), mask=m_m)
+    p_top, p_column = record_fields(p_record, p_records)
+    tl.store(p_record, tl.sum(b_e, 1), mask=m_m)
+    tl.store(p_record + 1, tl.sum(b_y * b_e, 1), mask=m_m)
+    tl.store(p_top, top, mask=m_m)
+    tl.store(p_top + 1, tl.max(tl.where(m_other, b_z, -INFINITY), 1), mask=m_m)
+    tl.store(p_column, i_top.to(tl.int16), mask=m_m)
 
 
 @triton.jit
-def merge_rows_records(p_records, i_row, tiles, octaves, RECORDS: tl.constexpr):
+def merge_rows_records(p_records, i_row, tiles, octaves, BLOCK_V: tl.constexpr, RECORDS: tl.constexpr):
     """Merge a row's records, RECORDS at a time and in order, as `rows.merge_records` does."""
     top = tl.full((), -INFINITY, tl.float32)
     others = tl.full((), 0.0, tl.float64)
     moment, second, argmax = others, top, tl.full((), 0, tl.int32)
     for first in range(0, tiles, RECORDS):
         p_first = p_records + (i_row.to(tl.int64) * tiles + first) * FIELDS
-        tops, b_others, moments, seconds, argmaxes = load_records(p_first, 0 * i_row, tiles - first, RECORDS)
+        tops, b_others, moments, seconds, argmaxes = load_records(
+            p_first, p_records, 0 * i_row, tiles - first, BLOCK_V, RECORDS
+        )
+        argmaxes += first * BLOCK_V
         top1, others1, moment1, second1, argmax1 = merge_records(tops, b_others, moments, seconds, argmaxes, octaves)
         larger = top1 > top
         second = tl.maximum(tl.minimum(top, top1), tl.maximum(second, second1))
@@ -142,7 +147,7 @@ def lm_head_stats_kernel(
         for i in range(tl.minimum(rows - i_group * BLOCK_M, BLOCK_M)):
             i_row = i_group * BLOCK_M + i
             own = inverse_temperature(setting(p_temperatures, temperature, i_row, temperature_stride))
-            top, others, moment, second, argmax = merge_rows_records(p_records, i_row, tiles, octaves_of(own), RECORDS)
+            top, others, moment, second, argmax = merge_rows_records(p_records, i_row, tiles, octaves_of(own), BLOCK_V, RECORDS)
             stats = row_stats(top, others, moment, second, argmax, own)
             store_stats(p_logsumexp, p_entropy, p_max_logit, p_argmax, p_margin, i_row, stats)
 

@@ -1,7 +1,8 @@
 """What the kernels over rows of logits share: addressing, partial statistics and their merge, draws, launches.
 
 A row is read in tiles. A tile keeps five numbers, its *record*: the largest logit, Σe and Σy·e of the other columns
-(y = log2 e the octaves under the largest, MATH.md), the second largest and the first column of the largest. Records
+(y = log2 e the octaves under the largest, MATH.md), the second largest and the first column of the largest; logits in
+their own type. Records
 merge in column order in float64, a few dozen numbers a row; nothing a column wide is ever float64. The largest column
 stays out of the sums, where its 1 would drown the digits of a nearly certain row.
 
@@ -18,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -28,8 +31,8 @@ ACCEPT = tl.constexpr(1)
 RESIDUAL = tl.constexpr(2)
 CHUNK = tl.constexpr(64)
 
-TILES = (4096, 2048, 1024)
-"""Columns of a tile: one program's read. The widest that gives every multiprocessor a program is taken."""
+TILES = (4096, 2048, 1024, 512, 256)
+"""Columns of a tile: one program's read. The widest that gives the multiprocessors a program each is taken."""
 
 
 @triton.jit
@@ -82,44 +85,56 @@ def exponents(b_z, reference, octaves):
 
 
 @triton.jit
-def tile_record(b_z, begin, octaves, TILE: tl.constexpr):
-    """Return a tile's (top, others, moment, second, argmax)."""
+def tile_record(b_z, octaves, TILE: tl.constexpr):
+    """Return a tile's (top, others, moment, second, the top's place in the tile)."""
     top, i_top = tl.max(b_z, 0, return_indices=True)
     m_other = tl.arange(0, TILE) != i_top
     b_y = exponents(b_z, top, octaves)
     b_e = tl.where(m_other, tl.exp2(b_y), 0.0)
     second = tl.max(tl.where(m_other, b_z, -INFINITY), 0)
-    return top, tl.sum(b_e, 0), tl.sum(b_y * b_e, 0), second, begin + i_top
+    return top, tl.sum(b_e, 0), tl.sum(b_y * b_e, 0), second, i_top
 
 
 @triton.jit
-def store_record(p_records, i_row, i_tile, tiles, top, others, moment, second, argmax):
-    """Write a tile's record to ``records[row, tile, FIELDS]``: a sector of 32 bytes, five numbers of it used."""
+def packed(z, p_logits):
+    """Return cleaned logits as their own type holds them; `clean` gives them back."""
+    return tl.where(z == LARGEST, INFINITY, z).to(p_logits.dtype.element_ty)
+
+
+@triton.jit
+def record_fields(p_record, p_logits):
+    """Return where a record, 32 bytes, has its largest logits and its small numbers: of the logits' type and int16."""
+    return (
+        (p_record + 2).to(tl.pointer_type(p_logits.dtype.element_ty), bitcast=True),
+        (p_record + 4).to(tl.pointer_type(tl.int16), bitcast=True),
+    )
+
+
+@triton.jit
+def store_record(p_records, p_logits, i_row, i_tile, tiles, top, others, moment, second, i_top):
+    """Write a tile's record, 14 or 18 bytes, to ``records[row, tile, FIELDS]``; ``i_top`` is a column of the tile."""
     p_record = p_records + (i_row.to(tl.int64) * tiles + i_tile) * FIELDS
-    tl.store(p_record, top)
-    tl.store(p_record + 1, others)
-    tl.store(p_record + 2, moment)
-    tl.store(p_record + 3, second)
-    tl.store(p_record + 4, argmax.to(tl.float32, bitcast=True))
+    p_top, p_column = record_fields(p_record, p_logits)
+    tl.store(p_record, others)
+    tl.store(p_record + 1, moment)
+    tl.store(p_top, packed(top, p_logits))
+    tl.store(p_top + 1, packed(second, p_logits))
+    tl.store(p_column, i_top.to(tl.int16))
 
 
 @triton.jit
-def load_field(p_records, i_row, tiles, FIELD: tl.constexpr, other, RECORDS: tl.constexpr):
-    """Return one field of all records of a row, ``[RECORDS]``, ``other`` past the last tile."""
-    o_t = tl.arange(0, RECORDS)
-    p_field = p_records + (i_row.to(tl.int64) * tiles + o_t) * FIELDS + FIELD
-    return tl.load(p_field, mask=o_t < tiles, other=other, cache_modifier=".cg")  # not from a stale L1
-
-
-@triton.jit
-def load_records(p_records, i_row, tiles, RECORDS: tl.constexpr):
+def load_records(p_records, p_logits, i_row, tiles, TILE: tl.constexpr, RECORDS: tl.constexpr):
     """Return all records of a row, each field ``[RECORDS]``, -inf logits past the last tile."""
-    top = load_field(p_records, i_row, tiles, 0, -INFINITY, RECORDS)
-    others = load_field(p_records, i_row, tiles, 1, 0.0, RECORDS)
-    moment = load_field(p_records, i_row, tiles, 2, 0.0, RECORDS)
-    second = load_field(p_records, i_row, tiles, 3, -INFINITY, RECORDS)
-    argmax = load_field(p_records, i_row, tiles, 4, 0.0, RECORDS)
-    return top, others, moment, second, argmax.to(tl.int32, bitcast=True)
+    o_t = tl.arange(0, RECORDS)
+    m_t = o_t < tiles
+    p_record = p_records + (i_row.to(tl.int64) * tiles + o_t) * FIELDS
+    p_top, p_column = record_fields(p_record, p_logits)
+    others = tl.load(p_record, mask=m_t, other=0.0, cache_modifier=".cg")  # not from a stale L1
+    moment = tl.load(p_record + 1, mask=m_t, other=0.0, cache_modifier=".cg")
+    top = clean(tl.load(p_top, mask=m_t, other=-INFINITY, cache_modifier=".cg"))
+    second = clean(tl.load(p_top + 1, mask=m_t, other=-INFINITY, cache_modifier=".cg"))
+    i_top = tl.load(p_column, mask=m_t, other=0, cache_modifier=".cg").to(tl.int32)
+    return top, others, moment, second, o_t * TILE + i_top
 
 
 @triton.jit
@@ -312,16 +327,20 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(rows: int, columns: int, multiprocessors: int, size: int = 4, narrow: bool = False) -> Plan:
-    """Return the launch of a kernel that reads ``rows`` of ``size``-byte elements once, in ``narrow`` tiles or not."""
-    # A record written and read is 2% of 1024 columns of two bytes: too much but for a single row.
-    width = TILES[-1] if size == 4 or rows == 1 else TILES[-2]
-    if not narrow:
-        width = max(width, next((t for t in TILES if rows * triton.cdiv(columns, t) >= multiprocessors), 0))
+def plan(rows: int, columns: int, multiprocessors: int, size: int, lanes: int, narrow: bool = False) -> Plan:
+    """Return the launch of a kernel that reads ``rows`` of ``size``-byte elements once.
+
+    ``lanes`` is the number of threads of a warp, ``narrow`` asks for tiles of 1024.
+    """
+    # A record written and read, 28 or 36 bytes, is to stay under 2% of its tile, under 4% for a single row.
+    finest = (1024 if rows == 1 else 2048) // size
+    wide = (tile for tile in TILES if 10 * rows * triton.cdiv(columns, tile) >= 9 * multiprocessors)
+    width = 1024 if narrow else max(finest, next(wide, 0))
     tile = max(CHUNK.value, min(width, triton.next_power_of_2(columns)))
     tiles = triton.cdiv(columns, tile)
     splits = max(1, min(tiles, triton.cdiv(8 * multiprocessors, max(rows, 1))))
-    return Plan(tile, tiles, splits, triton.next_power_of_2(tiles), 8 if tile > 1024 else 4, (rows * splits,))
+    threads = min(256, tile * size // 16) if tile <= 512 or narrow else 128 if tile == 1024 else 256
+    return Plan(tile, tiles, splits, triton.next_power_of_2(tiles), max(1, threads // lanes), (rows * splits,))
 
 
 @cache
@@ -330,15 +349,22 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def plan_of(rows: Rows, *, narrow: bool = False) -> Plan:
-    """Return the launch over ``rows`` on their device."""
+def target() -> GPUTarget:
+    """Return what kernels are compiled for; an H100 under the interpreter, which compiles nothing."""
+    return GPUTarget("cuda", 90, 32) if triton.knobs.runtime.interpret else driver.active.get_current_target()
+
+
+def plan_of(rows: Rows, count: int | None = None, *, narrow: bool = False) -> Plan:
+    """Return the launch over ``rows``, or ``count`` like them, on their device."""
     tensor = rows.tensor
-    return plan(rows.count, rows.columns, multiprocessors(tensor.device), tensor.element_size(), narrow)
+    count = rows.count if count is None else count
+    device, size = multiprocessors(tensor.device), tensor.element_size()
+    return plan(count, rows.columns, device, size, target().warp_size, narrow)
 
 
 def registers(most: int) -> dict[str, int]:
     """Return the option that lets a kernel take ``most`` registers a thread, where ptxas would rather spill a few."""
-    return {} if torch.version.hip else {"maxnreg": most}
+    return {"maxnreg": most} if target().backend == "cuda" else {}
 
 
 _scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}

@@ -1,8 +1,8 @@
 """sample: one token a row from softmax(filter(z / T)), with its statistics (MATH.md: the hierarchical inverse CDF).
 
-One launch. Bytes moved: each logit once, the tile that holds the draw once more, and where a row is split, 20 written
-and 20 read a tile. Filters add 4 written and 4 read a group of 128 columns, and read the groups that reach their bounds
-again: twice for one filter, five times for top-k and top-p.
+One launch. Bytes moved: each logit once, the tile that holds the draw once more, and 14 written and 14 read a tile, 18
+of float32. With filters, instead of that tile, a logit written and read a group of 32 or 64 columns, and the groups that
+may hold a survivor once more (`ugsd_fast.kernels.filters`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ugsd_fast.kernels.filters import (
+    draw_filtered,
     filter_threshold,
     filters_of,
-    list_groups,
-    load_groups,
     store_group_maxima,
-    sum_groups,
     with_strides,
 )
 from ugsd_fast.kernels.rows import (
     DRAFT,
     INFINITY,
-    LARGEST,
     arrives_last,
     clean,
     describe,
@@ -54,6 +51,14 @@ from ugsd_fast.ops.token_stats import empty_stats
 
 
 @triton.jit
+def draft_uniform(seed, p_seeds, seed_stride, offset, p_offsets, offset_stride, i_row):
+    """Return the uniform of a row's draw."""
+    seed = setting(p_seeds, seed, i_row, seed_stride)
+    offset = setting(p_offsets, offset, i_row, offset_stride)
+    return uniform(seed, offset, i_row, DRAFT)
+
+
+@triton.jit
 def draw_token(p_row, columns, tops, b_others, top, octaves, u, TILE: tl.constexpr, RECORDS: tl.constexpr):
     """Return the column of the draw ``u`` from a row whose records are known: its tile first, then inside."""
     b_mass = masses_of(tops, b_others, top, octaves)
@@ -63,34 +68,6 @@ def draw_token(p_row, columns, tops, b_others, top, octaves, u, TILE: tl.constex
     left = (target - before) / weights_of(near, top, octaves)[1]  # in units of the tile's own largest column
     b_z = load_tile(p_row, i_tile * TILE, columns, TILE)
     return i_tile * TILE + draw_column(tl.exp2(exponents(b_z, near, octaves)), left, TILE)
-
-
-@triton.jit
-def draw_filtered(
-    p_row,
-    p_work,
-    columns,
-    tiles,
-    threshold,
-    top,
-    octaves,
-    u,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-    RECORDS: tl.constexpr,
-):
-    """Return the column of the draw ``u`` among those at or over ``threshold``, and their mass in units of ``top``."""
-    GROUPS: tl.constexpr = RECORDS * (TILE // GROUP)
-    listed = list_groups(p_work, tiles, tl.maximum(threshold, -LARGEST), TILE, GROUP, GROUPS)
-    b_mass = sum_groups(p_row, p_work, listed, columns, threshold, top, octaves, TILE, GROUP, GROUPS, RECORDS)
-    total = tl.sum(b_mass, 0)
-    i_tile, before = draw_index(b_mass, u * total, RECORDS)
-    first = i_tile * (TILE // GROUP)
-    b_z = load_groups(p_row, p_work, first, listed, columns, TILE, GROUP, GROUPS)
-    b_e = tl.where(b_z >= threshold, tl.exp2(exponents(b_z, top, octaves)), 0.0)
-    column = draw_column(b_e, u * total - before, TILE)
-    p_numbers = (p_work + GROUPS).to(tl.pointer_type(tl.int32), bitcast=True)
-    return tl.load(p_numbers + first + column // GROUP) * GROUP + column % GROUP, total
 
 
 @triton.jit(
@@ -160,22 +137,18 @@ def sample_kernel(
     p_work = p_works + i_row.to(tl.int64) * WORKSPACE
     for i_tile in range(i_split, tiles, splits):
         b_z = load_tile(p_row, i_tile * TILE, columns, TILE)  # [TILE]
-        top, others, moment, second, argmax = tile_record(b_z, i_tile * TILE, octaves, TILE)
-        store_record(p_records, i_row, i_tile, tiles, top, others, moment, second, argmax)
+        top, others, moment, second, i_top = tile_record(b_z, octaves, TILE)
+        store_record(p_records, p_logits, i_row, i_tile, tiles, top, others, moment, second, i_top)
         if FILTERED:
-            store_group_maxima(p_work, b_z, i_tile, TILE, GROUP)
+            store_group_maxima(p_work, p_row, b_z, i_tile, TILE, GROUP)
     if arrives_last(p_counter, i_row, splits):
-        tops, b_others, moments, seconds, argmaxes = load_records(p_records, i_row, tiles, RECORDS)
+        tops, b_others, moments, seconds, argmaxes = load_records(p_records, p_logits, i_row, tiles, TILE, RECORDS)
         top, others, moment, second, argmax = merge_records(tops, b_others, moments, seconds, argmaxes, octaves)
         stats = row_stats(top, others, moment, second, argmax, scale)
         store_stats(p_logsumexp, p_entropy, p_max_logit, p_argmax, p_margin, i_row, stats)
         token = stats[3]
         logprob = tl.where(token < 0, -INFINITY, -log1p(others))
         if (temperature > 0) & (token >= 0):
-            seed = setting(p_seeds, seed, i_row, seed_stride)
-            offset = setting(p_offsets, offset, i_row, offset_stride)
-            u = uniform(seed, offset, i_row, DRAFT)
-            log_total = log1p(others)
             filtered = False
             if FILTERED:
                 top_k = setting(p_top_ks, top_k, i_row, top_k_stride)
@@ -183,7 +156,7 @@ def sample_kernel(
                 min_p = setting(p_min_ps, min_p, i_row, min_p_stride)
                 filtered = ((top_k > 0) & (top_k < columns)) | (top_p < 1) | (min_p > 0)
             if filtered:
-                threshold = filter_threshold(
+                threshold, listed, found = filter_threshold(
                     p_row,
                     p_work,
                     columns,
@@ -202,12 +175,15 @@ def sample_kernel(
                     GROUP,
                     RECORDS,
                 )
+                u = draft_uniform(seed, p_seeds, seed_stride, offset, p_offsets, offset_stride, i_row)
                 column, total = draw_filtered(
-                    p_row, p_work, columns, tiles, threshold, top, octaves, u, TILE, GROUP, RECORDS
+                    p_row, p_work, columns, threshold, listed, found, top, octaves, u, TILE, GROUP, RECORDS
                 )
                 log_total = tl.log(total)
             else:
+                u = draft_uniform(seed, p_seeds, seed_stride, offset, p_offsets, offset_stride, i_row)
                 column = draw_token(p_row, columns, tops, b_others, top, octaves, u, TILE, RECORDS)
+                log_total = log1p(others)
             token = column.to(tl.int64)
             logprob = (clean(tl.load(p_row + token)).to(tl.float64) - top.to(tl.float64)) * scale - log_total
         tl.store(p_tokens + i_row, token)

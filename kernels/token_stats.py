@@ -1,6 +1,6 @@
 """token_stats: logsumexp, entropy, maximum, argmax and margin of every row (MATH.md: L = m + log a, H = log a - b/a).
 
-One launch. Bytes moved: each logit once, and where a row is split, 20 written and 20 read a tile.
+One launch. Bytes moved: each logit once, and 14 written and 14 read a tile, 18 of float32.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def token_stats_kernel(
     p_row = p_logits + row_offset(i_row, inner, stride_outer, stride_inner, VEC)
     for i_tile in range(i_split, tiles, splits):
         b_z = load_tile(p_row, i_tile * TILE, columns, TILE)  # [TILE]
-        top, others, moment, second, argmax = tile_record(b_z, i_tile * TILE, octaves, TILE)
-        store_record(p_records, i_row, i_tile, tiles, top, others, moment, second, argmax)
+        top, others, moment, second, i_top = tile_record(b_z, octaves, TILE)
+        store_record(p_records, p_logits, i_row, i_tile, tiles, top, others, moment, second, i_top)
     if arrives_last(p_counter, i_row, splits):
-        tops, others, moments, seconds, argmaxes = load_records(p_records, i_row, tiles, RECORDS)
+        tops, others, moments, seconds, argmaxes = load_records(p_records, p_logits, i_row, tiles, TILE, RECORDS)
         top, other, moment, second, argmax = merge_records(tops, others, moments, seconds, argmaxes, octaves)
         stats = row_stats(top, other, moment, second, argmax, scale)
         store_stats(p_logsumexp, p_entropy, p_max_logit, p_argmax, p_margin, i_row, stats)

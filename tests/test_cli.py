@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -10,16 +11,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from typer.testing import CliRunner, Result
 
 from tests import checkpoints
 from tests.demo import fake_pair
-from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig, cli, demo, errors
+from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig, cli, demo, doctor, errors
 from ugsd_fast.audio import load_audio
 from ugsd_fast.decoding import config
 from ugsd_fast.demo import report
@@ -446,6 +449,35 @@ class TestDoctor:
         before = isa()
         assert json.loads(run("doctor", "--json").stdout)["cpu"]["isa"] == before
         assert isa() == before
+
+    def test_cuda_kernels_built_or_not(self, run: Run) -> None:
+        found = json.loads(run("doctor", "--json").stdout)["cuda_kernels"]
+        built = importlib.util.find_spec("ugsd_fast._cuda") is not None
+        assert (found["architectures"] is not None) == built
+        if not torch.cuda.is_available():
+            assert found["reason"]
+        line = next(line for line in run("doctor").stdout.splitlines() if line.startswith("CUDA kernels"))
+        assert ("built for sm_" in line) == built
+        assert ("not built: " in line) != built
+
+    @pytest.mark.parametrize(
+        ("capability", "driver", "line"),
+        [
+            ("9.0", "13.0", "built for sm_90, PTX of compute_80; driver of CUDA 13.0"),
+            ("12.0", "13.0", "built for sm_90, PTX of compute_80; driver of CUDA 13.0"),
+            (None, None, "built for sm_90, PTX of compute_80; no driver; not used: there is no CUDA driver"),
+            (None, "13.0", "driver of CUDA 13.0; not used: torch sees no CUDA device"),
+            ("7.5", "13.0", "not used: the GPU has compute capability 7.5: set UGSD_CUDA_ARCHS and build anew"),
+        ],
+    )
+    def test_cuda_kernels_of_a_build(
+        self, monkeypatch: pytest.MonkeyPatch, capability: str | None, driver: str | None, line: str
+    ) -> None:
+        kernels = SimpleNamespace(architectures=lambda: "sm_90 compute_80")
+        monkeypatch.setitem(sys.modules, "ugsd_fast.kernels.cuda", kernels)
+        monkeypatch.setattr("ugsd_fast.kernels.cuda", kernels, raising=False)
+        monkeypatch.setattr(doctor, "_driver", lambda: driver)
+        assert line in doctor._cuda_line(doctor._cuda_kernels(capability))
 
     def test_prints_what_is_wrong(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, "PAIR_FOLDER", tmp_path)

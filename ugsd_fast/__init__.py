@@ -40,7 +40,19 @@ _HOME = {
     "VocabularyMismatchError": "errors",
     "use_backend": "ops",
 }
-_SUBMODULES = ("audio", "cache", "decoding", "demo", "kernels", "models", "ops", "reference", "serving", "verifier")
+_SUBMODULES = (
+    "audio",
+    "cache",
+    "decoding",
+    "demo",
+    "hf",
+    "kernels",
+    "models",
+    "ops",
+    "reference",
+    "serving",
+    "verifier",
+)
 
 __all__ = [
     "AudioError",

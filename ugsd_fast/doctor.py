@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -21,9 +22,10 @@ def examine() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``versions`` (None where a package is absent), ``cpu``, ``gpu``, ``ops`` (for each op the backend it runs on by
-        default, all backends that it has here, and why the others are missing), ``pair``, and ``problems``: what has to
-        be put right before anything can be captioned.
+        ``versions`` (None where a package is absent), ``cpu``, ``gpu``, ``cuda_kernels`` (what they were compiled for,
+        the CUDA driver's version and why they cannot run here, each None where there is none), ``ops`` (for each op the
+        backend it runs on by default, all backends that it has here, and why the others are missing), ``pair``, and
+        ``problems``: what has to be put right before anything can be captioned.
 
     Examples
     --------
@@ -32,10 +34,12 @@ def examine() -> dict[str, Any]:
     True
     """
     problems: list[str] = []
+    gpu = _gpu()
     return {
         "versions": _versions(),
         "cpu": _cpu(),
-        "gpu": _gpu(),
+        "gpu": gpu,
+        "cuda_kernels": _cuda_kernels(gpu["capability"]),
         "ops": _ops(),
         "pair": _pair(problems),
         "problems": problems,
@@ -94,6 +98,42 @@ def _gpu() -> dict[str, Any]:
     else:
         reason = "torch sees a device, but cannot use it"
     return {"available": False, "name": None, "capability": None, "memory_bytes": None, "reason": reason}
+
+
+def _cuda_kernels(capability: str | None) -> dict[str, Any]:
+    try:
+        from ugsd_fast.kernels import cuda
+
+        architectures = cuda.architectures().split()
+    except ImportError as error:
+        return {"architectures": None, "driver": _driver(), "reason": str(error)}
+    driver = _driver()
+    if driver is None:
+        reason = "there is no CUDA driver (libcuda.so.1)"
+    elif capability is None:
+        reason = "torch sees no CUDA device"
+    elif not any(_runs_on(capability, architecture) for architecture in architectures):
+        reason = f"the GPU has compute capability {capability}: set UGSD_CUDA_ARCHS and build anew"
+    else:
+        reason = None
+    return {"architectures": architectures, "driver": driver, "reason": reason}
+
+
+def _runs_on(capability: str, architecture: str) -> bool:
+    """Return whether code for ``"sm_90"``, or PTX for ``"compute_75"``, runs on a GPU of a compute capability."""
+    kind, _, number = architecture.partition("_")
+    have, needed = divmod(int(capability.replace(".", "")), 10), divmod(int(number.rstrip("af")), 10)
+    return have >= needed and (kind == "compute" or have[0] == needed[0])
+
+
+def _driver() -> str | None:
+    """Return the version of CUDA that the driver has, None without one. No device is touched."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _ops() -> dict[str, Any]:
@@ -156,6 +196,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         "GPU",
         Text(f"{gpu['name']} (compute {gpu['capability']}){memory}" if gpu["available"] else f"none: {gpu['reason']}"),
     )
+    facts.add_row("CUDA kernels", Text(_cuda_line(found["cuda_kernels"])))
     described = f"{pair['bytes'] / 2**20:.1f} MiB, {pair['clips']} clips" if pair["present"] else "missing or damaged"
     facts.add_row("embedded pair", Text(described))
     console.print(facts)
@@ -181,3 +222,12 @@ def show(found: dict[str, Any], console: Console) -> None:
             console.print(Text(f"no {backend}: {reasons[0]}{others}", style="dim"))
     for problem in found["problems"]:
         console.print(Text.assemble(("problem: ", "bold red"), problem))
+
+
+def _cuda_line(found: dict[str, Any]) -> str:
+    driver = f"driver of CUDA {found['driver']}" if found["driver"] else "no driver"
+    if found["architectures"] is None:
+        return f"not built: {found['reason']}; {driver}"
+    built = [name.replace("compute", "PTX of compute") for name in found["architectures"]]
+    reason = f"; not used: {found['reason']}" if found["reason"] else ""
+    return f"built for {', '.join(built)}; {driver}{reason}"

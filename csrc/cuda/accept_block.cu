@@ -12,7 +12,7 @@ namespace ugsd::cuda {
 namespace {
 
 constexpr int kResidualWarps = 8;
-constexpr int kResidualThreads = kResidualWarps * kLanes;
+constexpr int kResidualThreads = kResidualWarps * kLanes, kResidualBlocks = 2;  // 128 registers a thread
 
 // The residual that a sequence waits for: of max(0, weight p - q) at a position; -1 where it waits for none.
 struct Pending {
@@ -40,17 +40,6 @@ struct Softmax {
   __device__ float near() const { return empty() ? kLargest : static_cast<float>(logsumexp); }
 };
 
-__device__ inline float logit_at(const Rows& rows, int64_t r, int64_t column) {
-  return with_type(rows.dtype, [&](auto zero) { return logit(rows.row<Pointee<decltype(zero)>>(r), column); });
-}
-
-// One of the columns of a row of any type.
-__device__ inline float element(const void* row, DType dtype, int column) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[column];
-  const float16 stored = static_cast<const float16*>(row)[column];
-  return dtype == DType::kFloat16 ? to_float(stored) : to_float(bfloat16{stored.bits});
-}
-
 // Float32 probabilities of a row times a weight.
 struct Probability {
   float near, factor;
@@ -69,14 +58,24 @@ struct Probability {
   }
 };
 
+// Columns of a row, as many as another type has in a vector; masked past the end.
+template <int kColumns, class T>
+__device__ void load_columns(const T* row, int columns, int column, float (&x)[kColumns]) {
+  if constexpr (kColumns == kWidth<T>) {
+    load(row, columns, column, x);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) x[k] = column + k < columns ? to_float(row[column + k]) : -kInfinity;
+  }
+}
+
 // max(0, w p - q) of the columns of a row. A certain drafter's q is 1 at its token: nothing of p is left there.
-template <class P>
+template <class P, class Q>
 struct Residual {
   int columns;
   const P* row;
   Probability p;
-  DType own_dtype, dtype;  // of the verifier's logits, of the drafter's
-  const void* draft_row;   // null: a certain drafter
+  const Q* draft_row;  // null: a certain drafter
   Probability q;
   int64_t token;
 
@@ -84,13 +83,7 @@ struct Residual {
   __device__ void operator()(int column, float (&e)[kColumns]) const {
     load(row, columns, column, e);
     float z[kColumns];
-    if (dtype == own_dtype) {
-      if (draft_row) load(static_cast<const P*>(draft_row), columns, column, z);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k)
-        z[k] = draft_row && column + k < columns ? element(draft_row, dtype, column + k) : -kInfinity;
-    }
+    if (draft_row) load_columns(draft_row, columns, column, z);
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       e[k] = p(e[k]);
@@ -102,7 +95,9 @@ struct Residual {
   }
 };
 
-// One sequence, looked at by a whole warp; all its lanes do and get the same.
+// One sequence of the verifier's rows of P and the drafter's of Q, looked at by a whole warp; all its lanes do and get
+// the same.
+template <class P, class Q>
 class Sequence {
  public:
   __device__ Sequence(const AcceptBlockArgs& args, const Space& space, int64_t b)
@@ -121,9 +116,7 @@ class Sequence {
 
   __device__ int64_t token(int64_t i) const { return args_.tokens[b_ * args_.block + i]; }
   __device__ bool inside(int64_t i) const { return token(i) >= 0 && token(i) < columns_; }
-  __device__ float target_logit(int64_t i) const {
-    return logit_at(args_.target, b_ * (args_.block + 1) + i, token(i));
-  }
+  __device__ float target_logit(int64_t i) const { return logit(target(i), token(i)); }
 
   // The rules that draw nothing: a prefix passes, the argmax follows.
   __device__ void judge_prefix() {
@@ -145,21 +138,18 @@ class Sequence {
 
   // The residual mass of a piece at the position that the sequence waits for.
   __device__ void sum_residual(int piece) const {
-    with_residual(
-        [&](const auto& residual, const auto& split) {
-          float sum = 0;
+    const auto mass = residual();
+    const Split<P> split(columns_, piece);
+    float sum = 0;
 #pragma unroll 2
-          for (int i = 0; i < split.kSteps; ++i) {
-            if (!split.has(i)) continue;
-            float e[kPiece / split.kSteps / kLanes];
-            residual(split.column(i), e);
-            for (const float x : e) sum += x;
-          }
-          sum = sum_lanes(sum);
-          if (lane() == 0) masses()[piece] = sum;
-          return 0;
-        },
-        piece);
+    for (int i = 0; i < Split<P>::kSteps; ++i) {
+      if (!split.has(i)) continue;
+      float e[kWidth<P>];
+      mass(split.column(i), e);
+      for (const float x : e) sum += x;
+    }
+    sum = sum_lanes(sum);
+    if (lane() == 0) masses()[piece] = sum;
   }
 
   // What follows from the residual's masses: the next token, or another position to look at.
@@ -179,6 +169,8 @@ class Sequence {
   __device__ Pending& pending() const { return space_.pending[b_]; }
 
  private:
+  __device__ const P* target(int64_t i) const { return args_.target.template row<P>(b_ * (args_.block + 1) + i); }
+  __device__ const Q* draft(int64_t i) const { return args_.draft.template row<Q>(b_ * args_.block + i); }
   __device__ const RowSums& target_row(int64_t i) const { return space_.target_rows[b_ * (args_.block + 1) + i]; }
   __device__ float& accept_prob(int64_t i) const { return args_.accept_prob[b_ * args_.block + i]; }
   __device__ double* masses() const { return space_.masses + b_ * pieces_; }
@@ -236,7 +228,7 @@ class Sequence {
     const double p = target_softmax(i)(target_logit(i));
     if (!(p > 0)) return 0;
     if (!args_.draft.data) return p;
-    const double q = draft_softmax(i)(logit_at(args_.draft, b_ * args_.block + i, token(i)));
+    const double q = draft_softmax(i)(logit(draft(i), token(i)));
     return q > 0 ? p / q : 0;
   }
 
@@ -287,11 +279,7 @@ class Sequence {
   // Draws from the verifier's law at a position.
   __device__ int64_t draw_target(int64_t i, double u) const {
     const int64_t r = b_ * (args_.block + 1) + i;
-    return with_type(args_.target.dtype, [&](auto zero) {
-      using T = Pointee<decltype(zero)>;
-      return static_cast<int64_t>(draw_token(args_.target.row<T>(r), columns_, space_.target_pieces + r * pieces_,
-                                             target_row(i), octaves_of(1), u));
-    });
+    return draw_token(target(i), columns_, space_.target_pieces + r * pieces_, target_row(i), octaves_of(1), u);
   }
 
   __device__ double residual_mass() const {
@@ -300,26 +288,12 @@ class Sequence {
     return sum_lanes(sum);
   }
 
-  // f(the residual in question, how the piece is shared out)
-  template <class F>
-  __device__ int with_residual(const F& f, int piece) const {
-    const int64_t i = pending().position, r = b_ * (args_.block + 1) + i;
-    const Rows& draft = args_.draft;
-    const bool certain = !draft.data;
-    const void* draft_row = nullptr;
-    if (!certain)
-      draft_row = with_type(draft.dtype, [&](auto zero) {
-        using T = Pointee<decltype(zero)>;
-        return static_cast<const void*>(draft.row<T>(b_ * args_.block + i));
-      });
-    const Probability p(target_softmax(i), pending().weight);
-    const Probability q(certain ? Softmax{0} : draft_softmax(i), 1);
-    return with_type(args_.target.dtype, [&](auto zero) {
-      using P = Pointee<decltype(zero)>;
-      const P* row = args_.target.row<P>(r);
-      const Split<P> split(columns_, piece);
-      return f(Residual<P>{split.columns, row, p, args_.target.dtype, draft.dtype, draft_row, q, token(i)}, split);
-    });
+  // The residual in question.
+  __device__ Residual<P, Q> residual() const {
+    const int64_t i = pending().position;
+    const bool certain = !args_.draft.data;
+    const Probability p(target_softmax(i), pending().weight), q(certain ? Softmax{0} : draft_softmax(i), 1);
+    return {static_cast<int>(columns_), target(i), p, certain ? nullptr : draft(i), q, token(i)};
   }
 
   __device__ int64_t draw_residual() const {
@@ -327,8 +301,7 @@ class Sequence {
     const PieceDraw drawn = draw_piece(pieces_, u, [&](int j) { return masses()[j]; });
     // p = q leaves no residual; only rounding can have rejected, and p is then the law to draw from.
     if (drawn.piece < 0) return draw_target(pending().position, u);
-    return with_residual(
-        [&](const auto& residual, const auto& split) { return draw_column(split, drawn.left, residual); }, drawn.piece);
+    return draw_column(Split<P>(columns_, drawn.piece), drawn.left, residual());
   }
 
   const AcceptBlockArgs& args_;
@@ -338,14 +311,14 @@ class Sequence {
 };
 
 // Rows of a sequence: the verifier's, then the drafter's where they have to be summed.
-template <Sums kSums, bool kCount>
+template <class P, class Q, Sums kSums, bool kCount>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scan_kernel(AcceptBlockArgs args, Space space) {
   const int count = pieces_of(args.target.columns);
   const int64_t rows = args.block + 1 + (space.draft_pieces ? args.block : 0);
   const int64_t warp = warp_number(), j = warp % count, b = warp / count / rows;
   if (b >= args.batch) return;
   int64_t i = warp / count % rows;
-  Sequence sequence(args, space, b);
+  Sequence<P, Q> sequence(args, space, b);
   const int64_t needed = sequence.target_rows() + sequence.draft_rows();
   if (needed > 0) {
     const bool of_draft = i > args.block;
@@ -356,10 +329,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scan_kerne
     PieceStats* pieces = (of_draft ? space.draft_pieces : space.target_pieces) + r * count;
     float own = kInfinity;
     if (kCount && i < sequence.length && sequence.inside(i)) own = sequence.target_logit(i);
-    const PieceStats stats = with_type(logits.dtype, [&](auto zero) {
-      using T = Pointee<decltype(zero)>;
-      return piece_stats<kSums, kCount>(Piece<T>(logits.row<T>(r), logits.columns, j), octaves_of(1), own);
-    });
+    PieceStats stats;
+    if (std::is_same_v<P, Q> || !of_draft)
+      stats = piece_stats<kSums, kCount>(Piece<P>(logits.template row<P>(r), logits.columns, j), octaves_of(1), own);
+    else
+      stats = piece_stats<kSums, kCount>(Piece<Q>(logits.template row<Q>(r), logits.columns, j), octaves_of(1), own);
     if (lane() == 0) pieces[j] = stats;
     if (!last_to_arrive(space.rows_done + (of_draft ? args.batch * (args.block + 1) : 0) + r, count)) return;
     const RowSums sums = merge_pieces<kSums, kCount>(pieces, count, octaves_of(1));
@@ -376,13 +350,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scan_kerne
 
 // A warp a piece of the position that each sequence waits for. `leftward`: a block a sequence, which goes on with the
 // positions to the left of a failure for as long as there are failures.
-__global__ void __launch_bounds__(kResidualThreads, 1)
+template <class P, class Q>
+__global__ void __launch_bounds__(kResidualThreads, kResidualBlocks)
     residual_kernel(AcceptBlockArgs args, Space space, bool leftward) {
   const int count = pieces_of(args.target.columns), warp = static_cast<int>(threadIdx.x) / kLanes;
   const int64_t b = leftward ? blockIdx.x : warp_number() / count;
   if (b >= args.batch) return;
   const int first = leftward ? warp : static_cast<int>(warp_number() % count), step = leftward ? kResidualWarps : count;
-  Sequence sequence(args, space, b);
+  Sequence<P, Q> sequence(args, space, b);
   while (sequence.pending().position >= 0) {
     for (int j = first; j < count; j += step) sequence.sum_residual(j);
     if (leftward) __syncthreads();
@@ -439,13 +414,23 @@ void accept_block(const AcceptBlockArgs& args, const Launch& on) {
   const Space space = cut(args, sums_draft, on.workspace(args.batch * (2 * args.block + 2), bytes), &bytes);
   const int64_t pieces = pieces_of(args.target.columns);
   const int64_t rows = args.block + 1 + (sums_draft ? args.block : 0);
-  const auto scan = draws                                                        ? scan_kernel<Sums::kMass, false>
-                    : args.rule == Rule::kTypical || args.rule == Rule::kRelaxed ? scan_kernel<Sums::kMoment, true>
-                                                                                 : scan_kernel<Sums::kNone, true>;
-  launch_warps(scan, on, args.batch * rows * pieces, args, space);
-  if (draws && args.block > 0) launch_warps(residual_kernel, on, args.batch * pieces, args, space, false);
-  if (args.rule == Rule::kBlock && args.block > 0)
-    launch(residual_kernel, on, args.batch * kResidualThreads, kResidualThreads, args, space, true);
+  const int64_t warps = args.batch * rows * pieces;
+  with_dtype(args.target.dtype, [&](auto target) {
+    using P = decltype(target);
+    if (!draws) {
+      const bool weighs = args.rule == Rule::kTypical || args.rule == Rule::kRelaxed;
+      const auto scan = weighs ? scan_kernel<P, P, Sums::kMoment, true> : scan_kernel<P, P, Sums::kNone, true>;
+      return launch_warps(scan, on, warps, args, space);
+    }
+    with_dtype(args.draft.data ? args.draft.dtype : args.target.dtype, [&](auto draft) {
+      using Q = decltype(draft);
+      launch_warps(scan_kernel<P, Q, Sums::kMass, false>, on, warps, args, space);
+      if (args.block == 0) return;
+      launch_warps(residual_kernel<P, Q>, on, args.batch * pieces, args, space, false);
+      if (args.rule == Rule::kBlock)
+        launch(residual_kernel<P, Q>, on, args.batch * kResidualThreads, kResidualThreads, args, space, true);
+    });
+  });
 }
 
 }  // namespace ugsd::cuda

@@ -178,6 +178,8 @@ def test_nvcc_output_is_read() -> None:
         "_Z1kPf": {128: 1},
         "_Z1mPf": {32: 1},
     }
+    names = ("k<float>", "k<float16, bfloat16>", "k<float, (Sums)1, true>", "float_k")
+    assert [nvcc.without_types(name) for name in names] == ["k", "k", "k<(Sums)1, true>", "float_k"]
     assert [nvcc.dtype_of(name) for name in ("k<float>", "k<float16, (Sums)1>", "k<bfloat16>", "k")] == [
         "float32",
         "float16",

@@ -44,6 +44,28 @@ def test_what_is_left_out_has_a_reason(results: dict[str, Any]) -> None:
     assert (step["captured"], step["reason"]) == (False, "a dry run captures nothing")
 
 
+def test_drafter_is_run_with_a_graph_and_without(results: dict[str, Any]) -> None:
+    (row,) = results["decoding"]
+    assert (row["agreed"], row["clips"], row["captured"]) == (1, 1, False)
+    assert row["us"].keys() == {"calls", "graph"}
+
+
+def test_an_error_costs_one_row_and_fails_the_run() -> None:
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: out of luck\nat a place")
+
+    named = {"op": "sample", "case": "", "rows": 1, "columns": 9, "dtype": "float32", "backend": "cuda"}
+    row = gpu.attempt(named, fail)
+    assert row == {**named, "passed": False, "error": "RuntimeError: CUDA error: out of luck"}
+    empty: dict[str, Any] = {kind: [] for kind in gpu.KINDS}
+    assert gpu.passed(empty)
+    assert not gpu.passed({**empty, "broken": "at once"})
+    for kind in gpu.KINDS:
+        result = {**empty, kind: [row], "device": {"name": "a GPU", "cuda": "13"}, "machine": {"torch": "2"}}
+        assert not gpu.passed(result)
+        assert "out of luck" in gpu.document({**result, "date": "today", "timings": [], "missing": {}})
+
+
 def test_ops_are_timed_with_their_peers(results: dict[str, Any]) -> None:
     rows = [row for row in results["timings"] if row["op"] == "token_stats"]
     assert {row["cache"] for row in rows} == {"cold", "warm"}

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +71,30 @@ def load() -> ModuleType:
     return kernels
 
 
+def launches() -> int:
+    """Return how many kernels have run so far."""
+    return emulator.emulator_launches()
+
+
+def capture(call: Callable[[], object]) -> Callable[[], object]:
+    """Keep the launches of a call, none of which runs, and return their replay: what a CUDA graph does with them."""
+    emulator.emulator_capture(True)
+    try:
+        results = call()
+    finally:
+        emulator.emulator_capture(False)
+
+    def replay() -> object:
+        emulator.emulator_replay()
+        return results  # whose memory is the graph's
+
+    return replay
+
+
 torch.set_num_threads(1)
-load()
+kernels: Any = load()
+emulator = ctypes.CDLL(str(compile_kernels()))
+emulator.emulator_launches.restype = ctypes.c_int64
+emulator.emulator_capture.argtypes = [ctypes.c_bool]
+emulator.emulator_replay.restype = None
 cases.backends_of = lambda op: [cases.Backend("reference" if op == "lm_head_stats" else "cuda")]

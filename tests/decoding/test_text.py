@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,3 +28,15 @@ def test_bytes_that_never_complete_come_with_the_end() -> None:
     stream = IncrementalText(lambda ids: bytes(ids).decode(errors="replace"))
     assert stream.extend([72, 0xE4]) == "H"
     assert stream.extend([], final=True) == "\ufffd"
+
+
+def test_what_was_handed_out_is_not_repeated() -> None:
+    def decode(ids: Sequence[int]) -> str:  # as decoders with byte fallback: all or nothing
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(ids)
+
+    stream = IncrementalText(decode)
+    tokens = "很高".encode()
+    assert [stream.extend(tokens[:3]), stream.extend(tokens[3:4]), stream.extend(tokens[4:])] == ["很", "", "高"]

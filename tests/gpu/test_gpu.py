@@ -55,3 +55,7 @@ def test_draws_the_oracles_tokens(results: dict[str, Any]) -> None:
 def test_draft_step_replays_from_a_graph(results: dict[str, Any]) -> None:
     assert results["draft_step"]
     assert all(row["captured"] and row["passed"] for row in results["draft_step"])
+
+
+def test_drafter_captions_the_same_from_a_graph(results: dict[str, Any]) -> None:
+    assert [row["captured"] and row["passed"] for row in results["decoding"]] == [True]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +18,7 @@ from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
 from ugsd_fast.decoding.processors import NO_STEERING, LogitsProcessors, Processed, Steering, Stopping
 from ugsd_fast.decoding.request import Request
+from ugsd_fast.decoding.streaming import Streamer, stream_to
 from ugsd_fast.decoding.trace import StreamEvent
 from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
 from ugsd_fast.decoding.verification import VerifyCall, verify_ahead, verify_calls
@@ -93,6 +96,7 @@ class Decoder:
         max_batch_size: int = 16,
         logits_processor: LogitsProcessors | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: Streamer | None = None,
     ) -> Any:
         """Caption one input, or each of a list.
 
@@ -119,6 +123,9 @@ class Decoder:
             for those that the verifier's own ``generate`` would apply: suppressed tokens, penalties, lengths.
         stopping_criteria : StoppingCriteriaList, optional
             Asked after each token that is final; the caption ends behind the first that one says yes to.
+        streamer : transformers.TextStreamer or its like, optional
+            Is given the prompt (the verifier's, or the drafter's where there is no verifier in this process), then
+            tokens as they become final. For one input only.
 
         Returns
         -------
@@ -139,12 +146,16 @@ class Decoder:
         given = {"audio": audio, "prompt": prompt, "inputs": inputs, "verifier_inputs": verifier_inputs}
         lists = [value for name, value in given.items() if isinstance(value, list) and name != "prompt"]
         count = len(lists[0]) if lists else None
-        steering = Steering(logits_processor, stopping_criteria).check(1 if count is None else count)
+        if streamer is not None and lists:
+            raise ValueError(f"Decoder: streamer is given with a list of {count}, expected one input")
+        steering = Steering(logits_processor, stopping_criteria, streamer).check(1 if count is None else count)
         columns = [_column(name, value, count) for name, value in given.items()]
         arrivals = (
             self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row, steering)
             for row, (clip, text, draft_inputs, judge_inputs) in enumerate(zip(*columns, strict=True))
         )
+        if streamer is not None:
+            return stream_to(streamer, (event for _, event in self._run(arrivals, 1)))
         # A draft graph has addresses of its own for one request.
         room = 1 if self.config.graph else max_batch_size
         results = {request.row: request.result for request, event in self._run(arrivals, room) if event.result}
@@ -267,6 +278,8 @@ class Decoder:
             ids = model.prompt_ids(heard).to(model.device)
             processors = steering.processors(model.model, ids, row)
             stopping = Stopping(steering.stopping_criteria, ids) if steering.stopping_criteria else None
+            if steering.streamer is not None:
+                steering.streamer.put(ids.cpu())
             if model is not self.draft:
                 verifier_inputs = heard  # prepared already
         drafter = self._open_drafter(inputs, max_new_tokens, config)
@@ -305,13 +318,22 @@ class Decoder:
                 )
         if judge is None:
             if self.draft is None or inputs is None:
-                raise ValueError("Decoder: stopping_criteria are given, expected a model in this process or its inputs")
+                raise ValueError(
+                    "Decoder: stopping_criteria or a streamer are given, expected a model in this process or its inputs"
+                )
             return self.draft, inputs
         if verifier_inputs is None and audio is not None:
             verifier_inputs = judge.prepare(audio, prompt)
         if verifier_inputs is None:
             raise ValueError(NO_VERIFIER_INPUTS)
         return judge, verifier_inputs
+
+    def reseeded(self, seed: int) -> Decoder:
+        """The same models and settings with another `UGSDConfig.seed`."""
+        other = copy.copy(self)
+        other.config = replace(self.config, seed=seed)
+        other._idle_graphs = []  # theirs have the old one
+        return other
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -344,15 +366,15 @@ class Decoder:
             self.draft.check_placeholders(prepared)
             prepared = self.draft.to_device(prepared)
             return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
-        translation, vocab_size = self._translation, self.draft.vocab_size
+        translation = self._translation
         drafter = Drafter(
             self.draft.open(prepared),
             config,
             eos_token_ids=translation.drafter.ends if translation else self.eos_token_ids,
-            vocab_size=vocab_size,
+            vocab_size=self.draft.vocab_size,
             device=self.draft.device,
         )
-        return TranslatingDrafter(drafter, translation, vocab_size=vocab_size) if translation else drafter
+        return TranslatingDrafter(drafter, translation) if translation else drafter
 
     def _graph_of(self, capacity: int) -> DraftGraph:
         """A draft graph that nobody uses and that holds as many tokens, the smallest there is."""

@@ -29,6 +29,11 @@ class Replayed:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
 
+    @property
+    def captured(self) -> bool:
+        """Whether calls are replays of a graph."""
+        return self._graph is not None
+
     def __call__(self) -> Tensor | None:
         if self._device.type != "cuda":
             return self._call()
@@ -91,6 +96,11 @@ class DraftGraph:
     def forwards(self) -> int:
         """Forward passes of the current request."""
         return self._sequence.forwards
+
+    @property
+    def steps(self) -> tuple[Replayed, ...]:
+        """The draft step on one token and on two."""
+        return tuple(self._steps.values())
 
     def start(self, inputs: Mapping[str, Tensor]) -> DraftGraph:
         """Begin a request on prepared inputs of the edge model; the last one is forgotten."""

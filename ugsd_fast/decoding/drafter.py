@@ -263,7 +263,8 @@ def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor, lengt
         ends[:, config.min_block - 1 :] |= uncertain[:, config.min_block - 1 :]
     cut = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
     lengths = cut if lengths is None else torch.minimum(cut, lengths)
-    uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=config.entropy_threshold, reduce=config.gate)
+    threshold = min(config.entropy_threshold, torch.finfo(torch.float32).max)  # no entropy is greater
+    uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=threshold, reduce=config.gate)
     # float64 holds token ids exactly.
     scalars = torch.stack([lengths.double(), uncertainty.double(), escalate.double()], 1)
     return torch.cat([scalars, tokens.double(), entropy.double()], 1)

@@ -22,6 +22,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from ugsd_fast.decoding.streaming import Streamer
+
 # A list of transformers' processors, or those that the verifier's generation config stands for.
 LogitsProcessors = LogitsProcessorList | Sequence[LogitsProcessor] | Literal["generation_config"]
 
@@ -183,10 +185,11 @@ class Stopping:
 
 
 class Steering(NamedTuple):
-    """What a call of the decoder adds to its models' scores and ends."""
+    """What a call of the decoder adds to its models' scores and ends, and who else reads its tokens."""
 
     logits_processor: LogitsProcessors | None = None
     stopping_criteria: StoppingCriteriaList | None = None
+    streamer: Streamer | None = None
 
     def check(self, rows: int) -> Steering:
         """Raise where something cannot be honoured; see `check_processors`."""
@@ -228,4 +231,8 @@ def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     if isinstance(processor, PrefixConstrainedLogitsProcessor) and row:
         allowed: Any = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    ignored = getattr(processor, "prompt_ignore_length", None)  # of a repetition penalty: each row's padding
+    if isinstance(ignored, Tensor) and len(ignored) > 1:
+        processor = copy.copy(processor)
+        vars(processor)["prompt_ignore_length"] = ignored[row : row + 1]
     return processor

@@ -30,7 +30,9 @@ class IncrementalText:
         self._tokens.extend(tokens)
         text = self._decode(self._tokens)
         if not final:
-            # A character whose bytes are spread over tokens shows as U+FFFD until the last of them is there.
+            # A character whose bytes are spread over tokens shows as U+FFFD until the last of them is there. Decoders
+            # with byte fallback then give up the characters before it, too: what was handed out stays.
             text = text.rstrip("\ufffd")
-        delta, self.text = text[len(self.text) :], text
+        delta = text[len(self.text) :]
+        self.text += delta
         return delta

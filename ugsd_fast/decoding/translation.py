@@ -290,14 +290,11 @@ class TranslatingDrafter:
         Drafts the request in the edge model's tokens.
     translation : Translation
         The two tokenizers.
-    vocab_size : int
-        Columns of the edge model's logits; a token beyond them cannot be fed to it.
     """
 
-    def __init__(self, drafter: Drafter, translation: Translation, *, vocab_size: int):
+    def __init__(self, drafter: Drafter, translation: Translation):
         self.drafter = drafter
         self._ends = translation.ends
-        self._last_token = vocab_size - 1
         self._own = Transcript(translation.drafter)  # the drafter's tokens behind its prompt
         self._entropy: list[float] = []  # of each, nats; 0 for those that it was fed
         self._written = 0  # characters of the drafter's text that stand for final text
@@ -443,25 +440,20 @@ class TranslatingDrafter:
                 break
             counts.append(count)
         count, ids = next(own.rewrites(counts, wanted))
-        same = _agreeing(own.ids[count:], ids)
-        self._rewind(count + same, ids[same:])
-        self._written = len(own.text)
-
-    def _rewind(self, kept: int, fed: list[int]) -> None:
-        """Forget the drafter's tokens behind the first `kept`, and feed it others."""
-        own = self._own
-        if not fed:  # a text without a token: the drafter's own first token stands in for it
-            kept = max(kept, min(1, len(own.ids)))
+        if not ids:  # a text without a token: the drafter's own first token stands in for it
+            count = max(count, min(1, len(own.ids)))
+        kept = count + _agreeing(own.ids[count:], ids)
         cached = len(own.ids) - self.drafter.pending.shape[1]
         if kept < cached:
             self.drafter.sequence.rollback(cached - kept)
-        own.truncate(kept)
-        own.extend(fed)
-        self._entropy[kept:] = [0.0] * len(fed)
+        own.truncate(count)
+        own.extend(ids)
+        self._entropy[kept:] = [0.0] * (len(own.ids) - kept)
+        self._written = len(own.text)
         self._feed(own.ids[min(cached, kept) :])
 
     def _feed(self, ids: Sequence[int]) -> None:
-        tokens = [min(token, self._last_token) for token in ids]
+        tokens = [min(token, self.drafter.last_token) for token in ids]
         self.drafter.pending = torch.tensor([tokens], dtype=torch.long, device=self.drafter.pending.device)
 
 

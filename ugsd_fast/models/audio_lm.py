@@ -244,10 +244,11 @@ class AudioLM:
             If the prompt has not as many audio placeholders as the audio needs.
         """
         self.check_placeholders(inputs)
+        heard = inputs.get("encoder_outputs")
         inputs = self.to_device(inputs)
         if self.family is not None and self.family.is_encoder_decoder:
-            return EncoderDecoderSequence(self.model, inputs)
-        return CachedSequence(self.model, inputs, self.family)
+            return EncoderDecoderSequence(self.model, inputs, heard)
+        return CachedSequence(self.model, without_padding(inputs), self.family)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -273,6 +274,16 @@ class AudioLM:
                 f"AudioLM: the prompt has {placeholders} audio placeholders, expected {features} for {family.audio} "
                 f"{list(inputs[family.audio].shape)} (does the processor belong to {type(self.model).__name__}?)"
             )
+
+
+def without_padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of one row without the columns that its ``attention_mask`` masks at the left."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape[0] > 1 or bool(mask.all()):
+        return inputs
+    first = int(mask[0].to(torch.uint8).argmax())
+    ids = inputs["input_ids"].shape
+    return {name: value[:, first:] if value.shape == ids else value for name, value in inputs.items()}
 
 
 def _default_device() -> torch.device:

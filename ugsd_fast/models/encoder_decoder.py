@@ -25,6 +25,8 @@ class EncoderDecoderSequence(CachedSequence):
     inputs : mapping of str to Tensor
         The encoder's inputs, ``attention_mask`` over the audio among them, and optionally the decoder's prompt
         ``decoder_input_ids`` [B, P] (by default the start token alone).
+    heard : transformers.utils.ModelOutput, optional
+        What the encoder has made of the audio, where it has run already.
 
     Attributes
     ----------
@@ -34,13 +36,13 @@ class EncoderDecoderSequence(CachedSequence):
         Decoder passes so far.
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor]):
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor], heard: Any = None):
         self.model = model
         self._audio = dict(inputs)
         self._audio_mask = self._audio.get("attention_mask")
         self._start = decoder_prompt(model, self._audio)
         self._audio.pop("decoder_input_ids", None)
-        self._heard: Any = None
+        self._heard = heard
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
         self._prompt = {}

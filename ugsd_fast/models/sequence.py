@@ -21,7 +21,7 @@ from ugsd_fast.models.families import Family
 
 # Attention implementations that `forward_packed` can take apart, and the mask that each takes.
 PACKABLE_ATTENTION = {"sdpa": "bool", "eager": "float", "flash_attention_2": None, "flash_attention_3": None}
-_CLIP_INPUTS = frozenset(  # one entry a clip along their first dimension
+CLIP_INPUTS = frozenset(  # one entry a clip along their first dimension
     {"input_features", "feature_attention_mask", "input_features_mask", "input_values", "padding_mask"}
     | {"audio_input_features", "audio_embed_sizes", "audio_attention_mask"}
 )
@@ -148,7 +148,7 @@ class CachedSequence:
 
     def _begins_packed(self, tokens: Tensor) -> bool:
         """Whether a first forward can be shared: its audio is told from others' by its place in the batch alone."""
-        if not self._prompt.keys() - {"input_ids"} <= _CLIP_INPUTS:
+        if not self._prompt.keys() - {"input_ids"} <= CLIP_INPUTS:
             return False
         return self._audio_token is None or not bool((tokens == self._audio_token).any())
 

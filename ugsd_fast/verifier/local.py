@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -113,11 +114,24 @@ class Feed(NamedTuple):
     keep: int
 
 
+@dataclass(slots=True)
+class Judgements:
+    """At each emitted token, the verifier's logits and the scores that the rule judged by: [n, V] a block."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+
 class LocalSession:
     """One request at a `LocalVerifier`; see `VerifierSession`.
 
     The prompt is prepared with the first block that is escalated: a request that the drafter settles alone costs the
     verifier nothing.
+
+    Attributes
+    ----------
+    judgements : Judgements or None
+        Where one is set, logits and scores are kept in it.
     """
 
     def __init__(
@@ -139,6 +153,7 @@ class LocalSession:
         self._last_logits: Tensor | None = None  # [1, 1, V], behind the block in flight
         self._processed = processed
         self._verifications = 0
+        self.judgements: Judgements | None = None
 
     @property
     def forwards(self) -> int:
@@ -184,7 +199,7 @@ class LocalSession:
     def accept(self, block: DraftBlock, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
         """Apply the rule to a block, given the forward's logits [1, keep, V]; nothing is read by the host."""
         known = self._next_logits if feed.keep == len(block) else None
-        target = torch.cat([part for part in (known, logits) if part is not None], 1)  # [1, K + 1, V]
+        target = judged = torch.cat([part for part in (known, logits) if part is not None], 1)  # [1, K + 1, V]
         self._last_logits = target[:, -1:]
         if self._processed is not None:
             target = self._processed.block_scores(target, block.tokens.to(self._device))
@@ -194,6 +209,9 @@ class LocalSession:
         rule = config.rule if len(block) else "exact" if sampled else "greedy"
         if rule in RULES_WITH_DRAFT_LOGITS or (sampled and rule in ("typical", "relaxed")):
             target = filter_logits(target, config)
+        if self.judgements is not None:
+            self.judgements.logits.append(judged[0])
+            self.judgements.scores.append(target[0])
         draft_logits = draft_logsumexp = None
         if rule in RULES_WITH_DRAFT_LOGITS:
             if block.logits is None:
@@ -221,13 +239,13 @@ class LocalSession:
         """Take the rejected tokens back, and note what is still to be fed."""
         self.sequence.rollback(len(block) - verdict.num_accepted)
         next_token = [verdict.next_token] if verdict.next_token >= 0 else []
+        final = [*block.token_ids[: verdict.num_accepted], *next_token]
         if self._processed is not None:
-            final = [
-                *block.token_ids[: verdict.num_accepted],
-                *([verdict.next_token] if verdict.next_token >= 0 else []),
-            ]
             self._processed.append(torch.tensor([final], dtype=torch.long, device=self._device))
-        self._pending = [verdict.next_token] if verdict.next_token >= 0 else []
+        if self.judgements is not None:
+            for rows in (self.judgements.logits, self.judgements.scores):
+                rows[-1] = rows[-1][: len(final)]
+        self._pending = next_token
         self._next_logits = None if next_token else self._last_logits
         self._last_logits = None
 

@@ -2,7 +2,8 @@
 //
 // Every thread of a block is a fibre; a warp's lanes run up to their next collective, in changing order, then all go
 // on. Blocks run one after another in a shuffled order. What a GPU would not forgive ends the process with a message:
-// lanes of a warp at different collectives, or a warp that ends while others wait for it.
+// lanes of a warp at different collectives, or a warp that ends while others wait for it. As in a graph's capture,
+// launches can be kept with their arguments and run later. Of the runtime there is no more than what a capture allows.
 #pragma once
 
 #include <sys/mman.h>
@@ -75,6 +76,8 @@ inline Fibre* current = nullptr;
 inline void* scheduler = nullptr;
 inline const std::function<void()>* body = nullptr;
 inline int64_t launches = 0;
+inline bool capturing = false;
+inline std::vector<std::function<void()>> captured;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
@@ -208,7 +211,11 @@ T shuffle(unsigned mask, T value, int source) {
 
 template <class... Parameters, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Args&... args) {
-  emulator::run_grid(config->gridDim, config->blockDim, [&] { kernel(args...); });
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  if (emulator::capturing)
+    emulator::captured.push_back([=] { emulator::run_grid(grid, block, [&] { kernel(args...); }); });
+  else
+    emulator::run_grid(grid, block, [&] { kernel(args...); });
   return cudaSuccess;
 }
 

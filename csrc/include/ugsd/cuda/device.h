@@ -157,17 +157,6 @@ __device__ float logit(const T* row, int64_t column) {
   return cleaned(to_float(row[column]));
 }
 
-template <class P>
-using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
-
-// Calls f with a null pointer of the element type, to take the type from.
-template <class F>
-__device__ auto with_type(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) return f(static_cast<const bfloat16*>(nullptr));
-  if (dtype == DType::kFloat16) return f(static_cast<const float16*>(nullptr));
-  return f(static_cast<const float*>(nullptr));
-}
-
 // 1 / T, where T = 0, the greedy limit, reads as 1.
 __device__ inline float inverse_temperature(float t) {
   if (!(t > 0)) return 1.0f;
