@@ -180,6 +180,13 @@ def load(report: Row) -> Iterator[str]:
         f"{memory['middle']:.0f} in the middle, {memory['last_tenth']:.0f} in the last, {memory['most']:.0f} at most.\n"
     )
     yield "\n".join(verdict(target) for target in report["targets"]) + "\n"
+    short = [stage for stage in report["stages"] if stage["laps"] == 1]
+    prompt = short[0]["first_latency_ms"]["p50"] - short[0]["latency_ms"]["p50"]
+    yield (
+        f"Short sessions share less: a prompt takes {prompt:.0f} ms more than a verdict, and prompts are computed one "
+        f"after the other between forwards; only blocks share forwards ({short[-1]['sessions_per_forward']:.1f} "
+        f"sessions each). The model's one thread is busy throughout ({last['cpu_cores']:.2f} cores).\n"
+    )
 
 
 def document() -> str:
