@@ -50,6 +50,7 @@ class Pace:
 
 ORIN_NANO, ORIN, THOR = "Jetson Orin Nano Super", "Jetson AGX Orin", "Jetson AGX Thor"
 IDLE, BUSY, TRANSFORMERS = "vLLM-Omni, 1 stream", "vLLM-Omni, 16 streams", "transformers"
+DENSE = "dense 30B, A100"
 
 # A step of a 3B drafter is bound by memory: tokens fed beside the newest one are free. Its prompt is bound by
 # arithmetic: 100 positions × 2 × 3.1e9 at 40% of the dense float16 rate (17, 43 and 250 TFLOPS).
@@ -71,6 +72,12 @@ _PER_OUTPUT_TOKEN = "mean time per output token of Qwen3-Omni-30B-A3B (vllm-proj
 SERVERS = {
     IDLE: Pace(12.99, _MORE, 40.0, f"{_PER_OUTPUT_TOKEN}, concurrency 1; experts of a block's tokens at 2.3 TB/s"),
     BUSY: Pace(31.14, _MORE, 93.0, f"{_PER_OUTPUT_TOKEN}, concurrency 16; experts of a block's tokens at 2.3 TB/s"),
+    DENSE: Pace(
+        61 / (0.7 * 2039) * 1e3,
+        0.0,
+        2 * 30.5e9 * 100 / 156e12 * 1e3,
+        "61 GB in bfloat16 at 70% of 2039 GB/s; a prompt of 100 positions at half of 312 TFLOPS",
+    ),
 }
 
 

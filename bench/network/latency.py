@@ -305,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="loopback, one clip, no delays: whether it runs")
     parser.add_argument("--clips", type=int, default=3)
     parser.add_argument("--part", choices=("sweep", "pairs"), default=None, help="by default both")
+    parser.add_argument("--servers", nargs="+", default=[], metavar="NAME", help="of the pairs; the others are kept")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="parts that are not run are kept in it")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -333,9 +334,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 report["sweep"] = sweep(made, link, device, own)
                 report["strong_edge"] = strong_edge(made.pair, made.heard[0])
             if options.part != "sweep":
+                chosen = {name: servers[name] for name in options.servers or servers}
+                before = report.get("pairs_paces", described)["servers"]
+                described["servers"] |= {name: pace for name, pace in before.items() if name not in chosen}
                 report["pairs_paces"] = described
-                report["pairs"] = pairs(made, link, servers)
-                report["cold"] = made.measure(constants.DEVICES[constants.ORIN_NANO], own, cold=True)
+                kept = [row for row in report.get("pairs", []) if row["server"] not in chosen]
+                report["pairs"] = kept + pairs(made, link, chosen)
+                if not options.servers:
+                    report["cold"] = made.measure(constants.DEVICES[constants.ORIN_NANO], own, cold=True)
     if "sweep" in report:
         report["targets"] = judged(report)
         for target in report["targets"]:

@@ -36,10 +36,12 @@ class State:
     def kv_bytes(self) -> int:
         return self.done
 
-    def advance(self, positions: int) -> None:
+    def advance(self, positions: int) -> int:
         self.log.append(self.name)
-        self.done = min(self.prompt, self.done + positions)
+        piece = min(self.prompt - self.done, positions)
+        self.done += piece
         time.sleep(0.001)
+        return piece
 
     def needed(self, call: Call) -> int:
         return len(call.draft) + 1
@@ -140,6 +142,17 @@ def test_prompts_take_turns(machine: Callable[..., Machine]) -> None:
     for future in futures:
         future.result(5)
     assert [entry for entry in one.log if entry in ("a", "b")][:8] == list("abababab")
+
+
+def test_short_prompts_share_a_turn(machine: Callable[..., Machine]) -> None:
+    one = machine(prefill_chunk=64)
+    with one.scheduler._changed:
+        states = [one.session(name, prompt=20) for name in "abcde"]
+        futures = [one.scheduler.submit(state, BLOCK) for state in states]
+    for future in futures:
+        future.result(5)
+    first = one.log.index(next(entry for entry in one.log if "+" in str(entry)))
+    assert one.log[:first] == list("abcd")  # 20 + 20 + 20, and the 4 that are left of the fourth
 
 
 def test_idle_sessions_are_evicted_the_longest_unused_first(machine: Callable[..., Machine]) -> None:

@@ -65,10 +65,11 @@ class ServedSession(LocalSession):
         return 0 if self._sequence is None else cache_bytes(self._sequence.cache)
 
     @torch.inference_mode()
-    def advance(self, positions: int) -> None:
-        """Compute a piece of the prompt; the first one hears the audio."""
+    def advance(self, positions: int) -> int:
+        """Compute a piece of the prompt; the first one hears the audio. How many positions it had."""
         if self._prepare is None or self.ready:
-            return
+            return 0
+        before = self._sequence.length if self._sequence is not None else 0
         if self._sequence is None:
             if self._was_ready:
                 self._on_rebuild()
@@ -87,6 +88,8 @@ class ServedSession(LocalSession):
         if isinstance(self._sequence, StagedSequence) and self._prompt_logits is None:
             self._prompt_logits = self._sequence.advance(positions)
         self._was_ready = self.ready
+        assert self._sequence is not None
+        return self._sequence.length - before
 
     def evict(self) -> None:
         """Free the cache."""

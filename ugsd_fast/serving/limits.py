@@ -35,7 +35,7 @@ class Limits:
     token_budget : int
         New tokens in one forward pass.
     prefill_chunk : int
-        Prompt positions that are computed between two such passes.
+        Positions of prompts that are computed between two such passes.
     max_wait : float
         Seconds that a verify frame may wait for company.
     resume_seconds : float

@@ -15,6 +15,7 @@ from ugsd_fast.serving.limits import Limits
 from ugsd_fast.serving.metrics import Metrics
 from ugsd_fast.serving.sessions import Call, Judged, Refusal
 
+_LEAST_PIECE = 16  # positions that a piece counts for at least: a forward has a cost of its own
 _log = logging.getLogger(__name__)
 
 
@@ -31,8 +32,8 @@ class Schedulable(Protocol):
     def kv_bytes(self) -> int:
         """Memory of the cache."""
 
-    def advance(self, positions: int) -> None:
-        """Compute a piece of the prompt."""
+    def advance(self, positions: int) -> int:
+        """Compute a piece of the prompt; how many positions it had."""
 
     def needed(self, call: Call) -> int:
         """Tokens that a call's forward appends."""
@@ -140,14 +141,17 @@ class Scheduler:
                     if not job.state.ready and job.state not in self._prompts:
                         self._prompts.append(job.state)
                 batch = self._batch()
-                prompt = self._prompts[0] if self._prompts else None
-                if not batch and prompt is None:
+                prompts = list(self._prompts)
+                if not batch and not prompts:
                     self._changed.wait(self._limits.max_wait)  # for company, or for a job whose prompt is on its way
                     continue
             if batch:
                 self._forward(batch)
-            if prompt is not None:
-                self._advance(prompt)
+            room = self._limits.prefill_chunk
+            for prompt in prompts:
+                room -= max(self._advance(prompt, room), _LEAST_PIECE)
+                if room <= 0:
+                    break
 
     def _batch(self) -> list[_Job]:
         """The blocks of the next forward: the oldest first, one a session, up to the token budget."""
@@ -207,14 +211,15 @@ class Scheduler:
                 else:
                     job.fail(Refusal("unknown_session", "the session has ended"))
 
-    def _advance(self, state: Schedulable) -> None:
-        """A piece of one prompt; then it is the next one's turn."""
+    def _advance(self, state: Schedulable, positions: int) -> int:
+        """A piece of one prompt, of so many positions at most; then it is the next one's turn."""
         error: Exception | None = None
+        computed = 0
         if not self._make_room(state):
             error = Refusal("busy", "no memory for another session", retry_after=self._limits.retry_after)
         else:
             try:
-                state.advance(self._limits.prefill_chunk)
+                computed = state.advance(positions)
             except Exception as raised:
                 _log_failure("a prompt", raised)
                 error = _failed(raised)
@@ -231,6 +236,7 @@ class Scheduler:
             for job in failed:
                 job.fail(error)
         self._account()
+        return computed
 
     def _make_room(self, wanting: Schedulable | None = None) -> bool:
         """Evict idle sessions, the longest unused first, until the budget holds; whether it does."""
