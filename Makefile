@@ -23,13 +23,15 @@ test-arm:
 bench: .venv/.installed
 	$(BIN)/python -m bench.run
 
-# Network namespaces need root.
+# Captions over a shaped link between two network namespaces (root, Linux; some 10 minutes), and one server under load
+# (some 6 minutes); each writes docs/network.md anew.
 bench-network: .venv/.installed
-	$(BIN)/python -m bench.network.run
+	$(BIN)/python -m bench.network.latency --json bench/results/network.json
+	$(BIN)/python -m bench.network.document
 
-SECONDS ?= 300
 bench-load: .venv/.installed
-	$(BIN)/python -m bench.network.load --seconds $(SECONDS)
+	$(BIN)/python -m bench.network.load --json bench/results/load.json
+	$(BIN)/python -m bench.network.document
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

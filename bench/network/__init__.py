@@ -1,1 +1,1 @@
-"""Decoding over networks that are slow, lossy or narrow, and a server under load."""
+"""A verifier behind real conditions: latency over a shaped link, and one server under load."""

@@ -1,149 +1,177 @@
-"""Two network namespaces and the link between them: ``tc netem`` where the kernel has it, else the same in user space.
+"""A link of two network namespaces whose packets are delayed, lost and paced in this process.
 
-The stand-in joins a TUN device of each namespace: every IP packet is delayed, dropped at random, and queued at the rate
-of the link. TCP runs through both kernels' stacks as ever: losses are retransmitted and windows grow as on a network.
+The kernel's ``netem`` does the same where it is built (``CONFIG_NET_SCH_NETEM``); `Link` needs only TUN devices. TCP on
+both sides is the kernel's own and meets the losses as on a real path.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import heapq
+import json
 import os
 import random
 import select
 import struct
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-EDGE, CLOUD = "ugsd-edge", "ugsd-cloud"
-EDGE_ADDRESS, CLOUD_ADDRESS = "10.77.0.1", "10.77.0.2"
-_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x1, 0x1000
-_QUEUE_SECONDS = 0.5  # what waits longer for the link is dropped
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE, CLOUD = "ugsd-device", "ugsd-cloud"  # namespaces
+ADDRESSES = {DEVICE: "10.77.0.2", CLOUD: "10.77.0.1"}
+_CLONE_NEWNET = 0x40000000
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+_QUEUE = 1000  # packets, as netem's
 
 
 @dataclass(frozen=True)
-class Condition:
-    """Of the network: round trip in ms, loss in percent of the packets each way, Mbit/s each way."""
+class Conditions:
+    """Of a link: round-trip time in milliseconds, loss in percent each way, rate in Mbit/s each way (0: unbounded)."""
 
-    rtt: float = 50.0
+    rtt: float = 0.0
     loss: float = 0.0
-    rate: float = 20.0
-
-    def __str__(self) -> str:
-        return f"{self.rtt:g} ms, {self.loss:g}% loss, {self.rate:g} Mbit/s"
+    rate: float = 0.0
 
 
-def run(*command: str) -> None:
-    """Run a command; raises with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+class Direction:
+    """One way of a link: when a packet arrives at the other side, None where it is lost.
+
+    Examples
+    --------
+    >>> way = Direction(Conditions(rtt=50, rate=10))
+    >>> [round(1e3 * way.arrival(0.0, 1250), 3) for _ in range(2)]  # a millisecond to send each
+    [26.0, 27.0]
+    """
+
+    def __init__(self, conditions: Conditions, seed: int = 0):
+        self._conditions = conditions
+        self._random = random.Random(seed)
+        self._free = 0.0  # when the last packet has been sent
+        self._waiting: list[float] = []
+
+    def arrival(self, now: float, size: int) -> float | None:
+        """Of a packet of `size` bytes handed over at `now`."""
+        conditions = self._conditions
+        if self._random.random() < conditions.loss / 100:
+            return None
+        self._waiting = [sent for sent in self._waiting if sent > now]
+        if len(self._waiting) >= _QUEUE:
+            return None
+        self._free = max(self._free, now)
+        if conditions.rate:
+            self._free += 8 * size / (1e6 * conditions.rate)
+            self._waiting.append(self._free)
+        return self._free + conditions.rtt / 2e3
 
 
-class NetemLink:
-    """A veth pair with ``tc netem`` on both ends."""
-
-    name = "tc netem"
-
-    def __init__(self) -> None:
-        run("ip", "link", "add", "ugsd0", "netns", EDGE, "type", "veth", "peer", "name", "ugsd0", "netns", CLOUD)
-        for namespace, address in ((EDGE, EDGE_ADDRESS), (CLOUD, CLOUD_ADDRESS)):
-            run("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", "ugsd0")
-            run("ip", "-n", namespace, "link", "set", "ugsd0", "up")
-        self.set(Condition())
-
-    def set(self, condition: Condition) -> None:
-        """Change what the network is like."""
-        netem = ["delay", f"{condition.rtt / 2}ms", "loss", f"{condition.loss}%", "rate", f"{condition.rate}mbit"]
-        for namespace in (EDGE, CLOUD):
-            command = ["tc", "qdisc", "replace", "dev", "ugsd0", "root", "netem", *netem, "limit", "1000"]
-            run("ip", "netns", "exec", namespace, *command)
-
-    def close(self) -> None:
-        """Nothing: the devices go with their namespaces."""
+def environment() -> dict[str, str]:
+    """Of processes that run this package's modules from anywhere."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-class TunLink:
-    """A TUN device in each namespace, joined by a thread that does what netem does."""
+def enter(namespace: str) -> None:
+    """Move this thread, and those that it starts, into a network namespace."""
+    with open(f"/run/netns/{namespace}") as handle:
+        if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"network namespace {namespace} cannot be entered")
 
-    name = "user-space netem over TUN (this kernel has no sch_netem)"
 
-    def __init__(self) -> None:
-        self._condition = Condition()
-        self._random = random.Random(0)
-        self._ends = []
-        for namespace, address, peer in ((EDGE, EDGE_ADDRESS, CLOUD_ADDRESS), (CLOUD, CLOUD_ADDRESS, EDGE_ADDRESS)):
-            device = namespace.replace("ugsd-", "ugsd")
-            end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-            fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _IFF_TUN | _IFF_NO_PI))
-            run("ip", "link", "set", device, "netns", namespace)
-            run("ip", "-n", namespace, "addr", "add", address, "peer", peer, "dev", device)
-            run("ip", "-n", namespace, "link", "set", device, "up")
-            self._ends.append(end)
-        self._closed = False
-        self._thread = threading.Thread(target=self._forward, daemon=True)
-        self._thread.start()
+def netem() -> str:
+    """Why the kernel's netem is not used; empty where it could be."""
+    command = ["ip", "netns", "exec", DEVICE, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+    tried = subprocess.run(command, capture_output=True, text=True)
+    return tried.stderr.strip()
 
-    def set(self, condition: Condition) -> None:
-        """Change what the network is like."""
-        self._condition = condition
 
-    def close(self) -> None:
-        """Stop forwarding."""
-        self._closed = True
-        self._thread.join()
-        for end in self._ends:
-            os.close(end)
+class Link:
+    """The link; `set` changes its conditions."""
 
-    def _forward(self) -> None:
-        waiting: list[tuple[float, int, int, bytes]] = []  # due, order, to, packet
-        free = [0.0, 0.0]  # when each direction's link has sent what it has
-        order = 0
-        while not self._closed:
-            now = time.monotonic()
-            while waiting and waiting[0][0] <= now:
-                _, _, end, packet = heapq.heappop(waiting)
-                os.write(self._ends[end], packet)
-            timeout = min(waiting[0][0] - now, 0.1) if waiting else 0.1
-            ready, _, _ = select.select(self._ends, [], [], max(timeout, 0))
-            condition, now = self._condition, time.monotonic()
-            for source in ready:
-                direction = self._ends.index(source)
-                while True:
-                    try:
-                        packet = os.read(source, 65536)
-                    except BlockingIOError:
-                        break
-                    begins = max(now, free[direction])
-                    if begins - now > _QUEUE_SECONDS or self._random.random() < condition.loss / 100:
-                        continue
-                    free[direction] = begins + 8 * len(packet) / (1e6 * condition.rate)
-                    order += 1
-                    due = free[direction] + condition.rtt / 2000
-                    heapq.heappush(waiting, (due, order, 1 - direction, packet))
+    def __init__(self, process: subprocess.Popen[str]):
+        self._process = process
+
+    def set(self, conditions: Conditions) -> None:
+        """From now on."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(conditions)) + "\n")
+        self._process.stdin.flush()
+        if not self._process.stdout.readline():
+            raise RuntimeError("the link has ended")
 
 
 @contextmanager
-def network() -> Iterator[NetemLink | TunLink]:
-    """Both namespaces and their link; gone afterwards. Needs root."""
-    for namespace in (EDGE, CLOUD):
-        subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
-        run("ip", "netns", "add", namespace)
-        run("ip", "-n", namespace, "link", "set", "lo", "up")
-    link: NetemLink | TunLink | None = None
+def linked() -> Iterator[Link]:
+    """Two namespaces, `DEVICE` and `CLOUD`, with a link between them; needs root."""
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    made = []
     try:
-        try:
-            link = NetemLink()
-        except RuntimeError:
-            subprocess.run(["ip", "-n", EDGE, "link", "del", "ugsd0"], capture_output=True)
-            link = TunLink()
-        yield link
+        for namespace in (DEVICE, CLOUD):
+            ip("netns", "add", namespace)
+            made.append(namespace)
+            ip("-n", namespace, "link", "set", "lo", "up")
+            ip("-n", namespace, "tuntap", "add", "tun0", "mode", "tun")
+            ip("-n", namespace, "addr", "add", f"{ADDRESSES[namespace]}/24", "dev", "tun0")
+            ip("-n", namespace, "link", "set", "tun0", "up")
+        command = [sys.executable, "-m", "bench.network.link"]
+        with subprocess.Popen(command, env=environment(), stdin=-1, stdout=-1, text=True) as process:
+            link = Link(process)
+            link.set(Conditions())
+            try:
+                yield link
+            finally:
+                process.kill()
     finally:
-        if link is not None:
-            link.close()
-        for namespace in (EDGE, CLOUD):
-            run("ip", "netns", "del", namespace)
+        for namespace in made:
+            ip("netns", "del", namespace)
+
+
+def _tun(namespace: str) -> int:
+    enter(namespace)
+    handle = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(handle, _TUNSETIFF, struct.pack("16sH22x", b"tun0", _IFF_TUN | _IFF_NO_PI))
+    return handle
+
+
+def main() -> None:
+    """Carry packets between the namespaces' devices; every line on stdin is new conditions."""
+    ends = [_tun(DEVICE), _tun(CLOUD)]
+    other = {ends[0]: ends[1], ends[1]: ends[0]}
+    ways = {end: Direction(Conditions(), seed) for seed, end in enumerate(ends)}
+    flying: list[tuple[float, int, int, bytes]] = []
+    count = 0
+    while True:
+        now = time.monotonic()
+        while flying and flying[0][0] <= now:
+            _, _, end, packet = heapq.heappop(flying)
+            with suppress(OSError):
+                os.write(end, packet)
+        wait = max(flying[0][0] - now, 0.0) if flying else None
+        readable, _, _ = select.select([*ends, 0], [], [], wait)
+        for end in readable:
+            if end == 0:
+                line = sys.stdin.readline()
+                if not line:
+                    return
+                ways = {end: Direction(Conditions(**json.loads(line)), seed) for seed, end in enumerate(ends)}
+                print("set", flush=True)
+                continue
+            with suppress(BlockingIOError):
+                while True:
+                    packet = os.read(end, 65536)
+                    arrival = ways[end].arrival(time.monotonic(), len(packet))
+                    if arrival is not None:
+                        count += 1
+                        heapq.heappush(flying, (arrival, count, other[end], packet))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,11 @@
-"""Many sessions at one server: ``make bench-load`` (five minutes), ``make bench-load SECONDS=20``.
+"""One server on two cores under load: throughput, latency, memory and cost a verdict with 1, 4, 16 and 64 sessions.
 
-Clients have no drafter: their drafts are the verifier's own captions with errors, so the two cores are the server's but
-for the sockets. Every verdict is compared with the verifier's own caption.
+The embedded pair's verifier, as fast as it is, in a process of its own. The devices are light: a drafter decodes each
+clip once, and what it sent is played again by one asyncio loop, every verdict compared with the first one. A device
+sends its next frame as soon as it has a verdict. A *short* session is one caption of some nine blocks; a *long* one
+goes back to its beginning several times, as a caption of as many more blocks would have as many verdicts.
+
+``python -m bench.network.load [--quick] [--seconds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -9,186 +13,271 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import re
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import numpy as np
+import torch
+import transformers
+import websockets
+from msgspec.structs import replace
 
-from ugsd_fast import Decoder, UGSDConfig
-from ugsd_fast.audio import load_audio
+from bench.harness import SCHEMA, Row, machine, now, quantile
+from bench.network.serve import ServerProcess, serving
+from ugsd_fast import Decoder, RemoteVerifier, UGSDConfig
 from ugsd_fast.demo import clips, load_pair
 from ugsd_fast.serving import protocol
-from ugsd_fast.serving.client import ClientSession, Endpoint, Patience
-from ugsd_fast.serving.front_end import encode_flac
 from ugsd_fast.serving.link import Connector
+from ugsd_fast.serving.link import Link as Connection
 
-RESULTS = Path(__file__).parents[1] / "results" / "load.json"
-PORT, BLOCK = 8766, 5
-ERRORS = 0.15  # of the draft tokens
+SHORT, LONG = (1, 64), (1, 4, 16, 64)  # sessions of each stage
+LAPS = 8  # of a long session
+THROUGHPUT_TARGET = 3.0  # times one session's
+FLAT = 1.1  # most cost a verdict, times one session's
+GROWTH = 1.1  # most memory at the end, times that of the last stage's first tenth
 
 
+class RecordingLink:
+    """Keeps what went over a connection."""
+
+    def __init__(self, link: Connection):
+        self._link = link
+        self.sent: list[bytes] = []
+        self.received: list[bytes] = []
+
+    async def send(self, data: bytes) -> None:
+        """Send a frame."""
+        self.sent.append(data)
+        await self._link.send(data)
+
+    async def recv(self) -> bytes:
+        """The next frame."""
+        self.received.append(await self._link.recv())
+        return self.received[-1]
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self._link.close()
+
+
+@dataclass(frozen=True)
 class Script:
-    """A clip's opening frame and the verifier's caption of it."""
+    """A caption's frames: the one that opens its session, and each block with its verdict."""
 
-    def __init__(self, opening: protocol.Open, caption: list[int]):
-        self.opening, self.caption = opening, caption
+    opening: bytes
+    blocks: Sequence[tuple[protocol.Verify, protocol.Verdict]]
 
 
-def scripts(count: int) -> list[Script]:
-    """Made by the embedded verifier in this process."""
+def record(url: str, number: int) -> list[Script]:
+    """Decode clips in blocks of five tokens, every one of them verified, and keep the frames."""
+    links: list[RecordingLink] = []
+    connector = Connector()
+
+    async def connect(url: str) -> Connection:
+        links.append(RecordingLink(await connector(url)))
+        return links[-1]
+
     pair = load_pair(threads=1)
-    config = UGSDConfig(rule="greedy", always_escalate=True)
-    made = []
-    for clip in clips()[:count]:
-        audio = load_audio(clip.path, rate=16_000)
-        caption = Decoder(None, pair.verifier, config).generate(
-            audio, prompt=pair.prompt, max_new_tokens=pair.max_new_tokens
-        )
-        flac = encode_flac(audio)
-        rules = protocol.Rules(rule="greedy")
-        opening = protocol.Open(protocol.VERSION, "audio", rules, pair.prompt, len(audio.samples), None, flac)
-        made.append(Script(opening, caption.tokens))
-    return made
+    scripts = []
+    with RemoteVerifier(url, tokenizer=pair.draft.tokenizer, connect=connect) as verifier:
+        decoder = Decoder(pair.draft, verifier, UGSDConfig(rule="greedy", always_escalate=True))
+        for clip in clips()[:number]:
+            del links[:]
+            decoder.generate(clip.path, prompt=pair.prompt, max_new_tokens=pair.max_new_tokens)
+            link = links[-1]
+            sent = [protocol.decode_client(data) for data in link.sent]
+            received = [protocol.decode_server(data) for data in link.received]
+            (opening,) = [data for data, frame in zip(link.sent, sent) if isinstance(frame, protocol.Open)]
+            asked = [frame for frame in sent if isinstance(frame, protocol.Verify)]
+            told = [frame for frame in received if isinstance(frame, protocol.Verdict)]
+            scripts.append(Script(opening, list(zip(asked, told, strict=True))))
+    return scripts
 
 
-async def caption(endpoint: Endpoint, script: Script, random: Random, waits: list[float]) -> int:
-    """One caption, block by block; the tokens it has. Raises where a verdict is not the verifier's own."""
+@dataclass
+class Stage:
+    """What a number of devices saw."""
 
-    async def opening(_: protocol.Model) -> protocol.Open:
-        return script.opening
-
-    session, tokens = ClientSession(endpoint, opening), 0
-    while tokens < len(script.caption):
-        right = script.caption[tokens : tokens + BLOCK]
-        draft = [token if random.random() > ERRORS else token + 1 for token in right]
-        stands = next((index for index, pair in enumerate(zip(draft, right, strict=True)) if pair[0] != pair[1]), BLOCK)
-        ends = tokens + min(stands, len(right)) == len(script.caption)
-        began = time.perf_counter()
-        verdict = await session.verify([], draft, bonus=not ends)
-        waits.append(time.perf_counter() - began)
-        emitted = [*draft[: verdict.num_accepted], *([verdict.next_token] if verdict.next_token >= 0 else [])]
-        if emitted != script.caption[tokens : tokens + len(emitted)] or not emitted:
-            raise AssertionError(f"{emitted} behind {tokens} tokens, expected those of {script.caption[tokens:]}")
-        tokens += len(emitted)
-    await session.close()
-    return tokens
+    seconds: float = 0.0
+    verdicts: list[float] = field(default_factory=list)
+    first_verdicts: list[float] = field(default_factory=list)
+    sessions: int = 0
+    errors: list[str] = field(default_factory=list)
+    rss: list[float] = field(default_factory=list)
 
 
-async def load(made: Sequence[Script], sessions: int, seconds: float, pid: int) -> dict[str, Any]:
-    """`sessions` clients, each captioning clip after clip for so long."""
-    endpoint = Endpoint([f"ws://127.0.0.1:{PORT}"], Connector(), Patience(deadline=60, attempt=30))
-    await endpoint.greeting()
-    waits: list[float] = []
-    memory: list[float] = []
-    errors: list[str] = []
-    done = [0, 0]  # captions, tokens
-    end = time.monotonic() + seconds
+async def device(url: str, scripts: Sequence[Script], start: int, laps: int, until: float, stage: Stage) -> None:
+    """Play one session after the other until it is time."""
+    subprotocols = [websockets.Subprotocol(protocol.SUBPROTOCOL)]
+    try:
+        async with websockets.connect(
+            f"{url}/v1/session", subprotocols=subprotocols, compression=None, proxy=None
+        ) as socket:
+            await socket.recv()
+            for index in count(start):
+                script = scripts[index % len(scripts)]
+                await socket.send(script.opening)
+                opened = protocol.decode_server(await socket.recv())  # type: ignore[arg-type]
+                if not isinstance(opened, protocol.Opened):
+                    raise RuntimeError(f"not opened: {opened}")
+                whole = await play(socket, script, laps, until, stage)
+                await socket.send(protocol.encode(protocol.Close()))
+                if not whole:
+                    return
+                stage.sessions += 1
+    except (websockets.WebSocketException, OSError, RuntimeError) as error:
+        stage.errors.append(f"{type(error).__name__}: {error}")
 
-    async def client(number: int) -> None:
-        random = Random(number)
-        await asyncio.sleep(random.random() * min(0.5, seconds / 4))
-        while time.monotonic() < end:
-            try:
-                done[1] += await caption(endpoint, random.choice(made), random, waits)
-                done[0] += 1
-            except Exception as error:
-                errors.append(f"{type(error).__name__}: {error}")
 
-    async def watch() -> None:
-        while time.monotonic() < end:
-            memory.append(resident(pid))
-            await asyncio.sleep(min(1.0, seconds / 20))
+async def play(socket: Any, script: Script, laps: int, until: float, stage: Stage) -> bool:
+    """A session's blocks; whether there was time for all."""
+    for seq, (block, expected) in enumerate(script.blocks * laps):
+        frame = protocol.encode(replace(block, seq=seq))
+        started = time.perf_counter()
+        await socket.send(frame)
+        reply = protocol.decode_server(await socket.recv())
+        taken = time.perf_counter() - started
+        if reply != replace(expected, seq=seq):
+            raise RuntimeError(f"block {seq}: {reply}, expected {expected}")
+        (stage.verdicts if seq else stage.first_verdicts).append(taken)
+        if time.monotonic() > until:
+            return False
+    return True
 
-    before, began, used = counters(), time.monotonic(), processor_seconds(pid)
-    await asyncio.gather(watch(), *(client(number) for number in range(sessions)))
-    wall, after = time.monotonic() - began, counters()
-    forward = after["ugsd_forward_seconds_sum"] - before["ugsd_forward_seconds_sum"]
-    forwards = after["ugsd_forward_seconds_count"] - before["ugsd_forward_seconds_count"]
-    third = max(len(memory) // 3, 1)
+
+async def run_stage(server: ServerProcess, scripts: Sequence[Script], sessions: int, laps: int, seconds: float) -> Row:
+    """So many devices for so long."""
+    stage = Stage()
+
+    async def sample() -> None:
+        while True:
+            stage.rss.append(resident(server.pid))
+            await asyncio.sleep(min(1.0, seconds / 10))
+
+    sampler = asyncio.create_task(sample())
+    before, started = cpu_seconds(server.pid), time.monotonic()
+    batches = counted(server.url)
+    until = started + seconds
+    await asyncio.gather(*(device(server.url, scripts, index, laps, until, stage) for index in range(sessions)))
+    stage.seconds = time.monotonic() - started
+    cpu = cpu_seconds(server.pid) - before
+    sampler.cancel()
+    verdicts = len(stage.verdicts) + len(stage.first_verdicts)
+    forwards, judged = (after - earlier for after, earlier in zip(counted(server.url), batches, strict=True))
+    tenth = max(len(stage.rss) // 10, 1)
     return {
         "sessions": sessions,
-        "seconds": wall,
-        "errors": errors[:5],
-        "error_count": len(errors),
-        "captions": done[0],
-        "verdicts": len(waits),
-        "verdicts_per_second": len(waits) / wall,
-        "tokens_per_second": done[1] / wall,
-        "p50_ms": 1e3 * statistics.median(waits),
-        "p99_ms": 1e3 * float(np.percentile(waits, 99)),
-        "forward_ms_per_verdict": 1e3 * forward / len(waits),
-        "processor_ms_per_verdict": 1e3 * (processor_seconds(pid) - used) / len(waits),
-        "sessions_per_forward": len(waits) / forwards,
-        "memory_mb": {"first_third": max(memory[:third]), "last_third": max(memory[-third:]), "most": max(memory)},
+        "seconds": stage.seconds,
+        "errors": stage.errors,
+        "verdicts": verdicts,
+        "laps": laps,
+        "ended": stage.sessions,
+        "verdicts_per_second": verdicts / stage.seconds,
+        "latency_ms": quantiles(stage.verdicts),
+        "first_latency_ms": quantiles(stage.first_verdicts),
+        "cpu_ms_per_verdict": 1e3 * cpu / verdicts,
+        "cpu_cores": cpu / stage.seconds,
+        "sessions_per_forward": judged / forwards,
+        "rss_mib": {
+            "first_tenth": statistics.mean(stage.rss[:tenth]),
+            "middle": statistics.mean(stage.rss[len(stage.rss) // 2 :][:tenth]),
+            "last_tenth": statistics.mean(stage.rss[-tenth:]),
+            "most": max(stage.rss),
+            "curve": [round(value, 1) for value in stage.rss[:: max(len(stage.rss) // 30, 1)]],
+        },
     }
 
 
-def counters() -> dict[str, float]:
-    """The server's metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics") as reply:
-        lines = reply.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+def quantiles(seconds: Sequence[float]) -> Row:
+    """Milliseconds."""
+    return {name: 1e3 * quantile(seconds, q) for name, q in (("p50", 0.5), ("p99", 0.99))} if seconds else {}
 
 
 def resident(pid: int) -> float:
-    """Memory of a process, MB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1000
+    """MiB of a process in memory."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
 
 
-def processor_seconds(pid: int) -> float:
-    """Processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / 100
+def cpu_seconds(pid: int) -> float:
+    """That a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "| sessions | seconds | verdicts/s | tokens/s | p50 | p99 | forward a verdict | processor a verdict | "
-        "sessions a forward | memory, first and last third | errors |",
-        "|" + "---|" * 11,
-    ]
-    for row in rows:
-        memory = row["memory_mb"]
-        lines.append(
-            f"| {row['sessions']} | {row['seconds']:.0f} | {row['verdicts_per_second']:.0f} | "
-            f"{row['tokens_per_second']:.0f} | {row['p50_ms']:.0f} ms | {row['p99_ms']:.0f} ms | "
-            f"{row['forward_ms_per_verdict']:.2f} ms | {row['processor_ms_per_verdict']:.2f} ms | "
-            f"{row['sessions_per_forward']:.1f} | {memory['first_third']:.0f}, {memory['last_third']:.0f} MB | "
-            f"{row['error_count']} |"
+def counted(url: str) -> tuple[float, float]:
+    """Forwards of the server so far, and sessions in them."""
+    with urllib.request.urlopen(f"http{url.removeprefix('ws')}/metrics") as reply:
+        text = reply.read().decode()
+    found = {name: float(value) for name, value in re.findall(r"^ugsd_batch_sessions_(count|sum) (\S+)", text, re.M)}
+    return found["count"], found["sum"]
+
+
+def judged(stages: Sequence[Row]) -> list[Row]:
+    """The targets."""
+    short = [stage for stage in stages if stage["laps"] == 1]
+    long = [stage for stage in stages if stage["laps"] > 1]
+    faster = {
+        f"verdicts a second of {of[-1]['sessions']} {kind} sessions, times one session's": (
+            of[-1]["verdicts_per_second"] / of[0]["verdicts_per_second"]
         )
-    return "\n".join(lines)
+        for kind, of in (("long", long), ("short", short))
+    }
+    cost = max(stage["cpu_ms_per_verdict"] for stage in long) / long[0]["cpu_ms_per_verdict"]
+    memory = long[-1]["rss_mib"]
+    return [
+        {"of": "errors", "at_most": 0, "measured": sum(len(stage["errors"]) for stage in stages)},
+        *({"of": of, "at_least": THROUGHPUT_TARGET, "measured": measured} for of, measured in faster.items()),
+        {"of": "most CPU time a verdict in long sessions, times one session's", "at_most": FLAT, "measured": cost},
+        {
+            "of": "memory at the end of the last stage, times that at its start",
+            "at_most": GROWTH,
+            "measured": memory["last_tenth"] / memory["first_tenth"],
+        },
+    ]
 
 
-def main() -> None:
-    """Measure 1 to 64 sessions briefly, then 64 for long."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of the long run with 64 sessions")
-    parser.add_argument("--each", type=float, default=10.0, help="of the short runs")
-    arguments = parser.parse_args()
-    made = scripts(12)
-    command = [sys.executable, "-m", "bench.network.cloud", "--port", str(PORT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        server.stdout.readline()
-        try:
-            asyncio.run(load(made, 8, 3.0, server.pid))  # warm
-            sweep = [asyncio.run(load(made, n, arguments.each, server.pid)) for n in (1, 2, 4, 8, 16, 32, 64)]
-            print(table(sweep), flush=True)
-            long = asyncio.run(load(made, 64, arguments.seconds, server.pid))
-        finally:
-            server.kill()
-    print("\n" + table([long]))
-    print(f"\n64 sessions: {long['verdicts_per_second'] / sweep[0]['verdicts_per_second']:.2f} times the rate of one")
-    RESULTS.write_text(json.dumps({"sweep": sweep, "long": long}, indent=1) + "\n")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.network.load", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="half a second a stage: whether it runs, not how fast")
+    parser.add_argument("--seconds", type=float, default=300.0, metavar="N", help="of the last stage")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    last, other, warm = (0.5, 0.3, 0.1) if options.quick else (options.seconds, 8.0, 3.0)
+    plan = [(sessions, 1, 2 * other) for sessions in SHORT] + [(sessions, LAPS, other) for sessions in LONG]
+    plan[-1] = (LONG[-1], LAPS, last)
+    rows = []
+    with serving({}) as server:
+        scripts = record(server.url, 2 if options.quick else 16)
+        asyncio.run(run_stage(server, scripts, LONG[-1], 1, warm))
+        for sessions, laps, seconds in plan:
+            rows.append(asyncio.run(run_stage(server, scripts, sessions, laps, seconds)))
+            shown = {name: value for name, value in rows[-1].items() if name not in ("errors", "rss_mib")}
+            memory = {name: value for name, value in rows[-1]["rss_mib"].items() if name != "curve"}
+            print(shown, memory, rows[-1]["errors"][:3], flush=True)
+    report: Row = {"schema": SCHEMA, "date": now(), "machine": machine(), "quick": options.quick, "stages": rows}
+    report["blocks_per_caption"] = statistics.mean(len(script.blocks) for script in scripts)
+    report["targets"] = judged(rows)
+    for target in report["targets"]:
+        target["met"] = (
+            target["measured"] >= target["at_least"]
+            if "at_least" in target
+            else target["measured"] <= target["at_most"]
+        )
+        print(target)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
