@@ -135,7 +135,6 @@ class Request:
         self.unseen = [] if verdict else [*self.unseen, *emitted]
         latency = time.perf_counter() - self._started
         self._first_token = self._first_token or latency
-        last = stopped or not self.room or emitted[-1] in self._eos
         delta = ""
         if self._streams or last:
             delta = self._text.extend(emitted, final=last)

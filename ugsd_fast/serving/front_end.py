@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ugsd_fast.audio import Audio, load_audio
 from ugsd_fast.errors import AudioError, ModelError
-from ugsd_fast.models import DEFAULT_PROMPT, AudioLM
+from ugsd_fast.models import DEFAULT_PROMPT, AudioLM, Family
 from ugsd_fast.serving.prefill import audio_rows, prompt_embeddings
 from ugsd_fast.serving.protocol import Open, Quantized, Uplink
 from ugsd_fast.serving.quantize import dequantize, quantize
@@ -52,7 +52,7 @@ class LogMel:
     def describe(model: AudioLM) -> str:
         """The feature extractor of a model's processor as JSON; empty where devices cannot have it."""
         extractor: Any = getattr(model.processor, "feature_extractor", None)
-        if model.family is None or not model.family.prepares or type(extractor).__name__ not in _EXTRACTORS:
+        if model.family is None or not _templated(model.family) or type(extractor).__name__ not in _EXTRACTORS:
             return ""
         config = {k: v for k, v in extractor.to_dict().items() if isinstance(v, (int, float, bool, str))}
         config = {k: v for k, v in config.items() if not k.endswith(("_type", "_class"))}
@@ -86,6 +86,11 @@ def encode_embeddings(encoder: AudioLM, audio: Audio) -> Quantized:
     return quantize(audio_rows(encoder, encoder.prepare(audio)).float().cpu().numpy())
 
 
+def _templated(family: Family) -> bool:
+    """Whether the chat template writes a prompt that features can be put into."""
+    return not family.is_encoder_decoder and not family.template_hears and family.audio == "input_features"
+
+
 class PromptMaker:
     """Makes a verifier's prompt of what a device sent.
 
@@ -106,7 +111,7 @@ class PromptMaker:
         family = self.model.family
         if family is None:
             return ["none"]
-        if not family.prepares:
+        if not _templated(family):
             return []
         levels: list[Uplink] = []
         inputs = self._template(self.sampling_rate, None)
