@@ -627,6 +627,7 @@ def accept_block(
         RECORDS=launch.records,
         BLOCK_K=block_k,
         num_warps=launch.warps,
+        **registers(96),
     )
     for first in (True, False)[: min(block, 2 if rule == "block" else 1)]:
         residual_kernel[again.grid if first else (again.grid[0] * (block - 1),)](
