@@ -243,6 +243,7 @@ def test_faults_are_named() -> None:
     fine = {**row, "case": "plain", "stack": 0, "registers": 128, "wide_share": 1.0}
     assert compile_report.faults(fine) == []
     assert compile_report.faults({**fine, "registers": 129}) == ["129 registers"]
+    assert compile_report.faults({**fine, "case": "top-k 50, top-p 0.9", "registers": 129}) == ["129 registers"]
     assert compile_report.faults({**fine, "spills": 2}) == ["2 spills, 0 bytes of stack"]
     assert compile_report.faults({**fine, "wide_share": 0.5}) == ["50% of the streamed logits by loads of 128 bits"]
     assert compile_report.faults({**fine, "wide_share": 0.5, "target": "sm_75"}) == []
