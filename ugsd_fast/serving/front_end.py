@@ -103,8 +103,7 @@ class PromptMaker:
     def __init__(self, model: AudioLM):
         self.model = model
         self.description = LogMel.describe(model)
-        extractor = getattr(model.processor, "feature_extractor", None)
-        self.sampling_rate = int(getattr(extractor, "sampling_rate", 16_000))
+        self.sampling_rate = 16_000 if model.family is None else model.sampling_rate
 
     def possible(self) -> list[Uplink]:
         """Levels that the verifier can be served at, from the least revealing."""
