@@ -77,6 +77,11 @@ class GrowingLayer(DynamicLayer):
         return None if self._storage is None else self._view(1, self._base, self._length)
 
     @property
+    def storage(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values as allocated, [B, H, capacity, D]."""
+        return self._storage
+
+    @property
     def lengths(self) -> list[int] | None:
         """Tokens of each row, or None where all rows have `get_seq_length()`."""
         return self._lengths
@@ -133,6 +138,17 @@ class GrowingLayer(DynamicLayer):
                 first = max(end - self.sliding_window, 0)
                 return self._view(0, first, end), self._view(1, first, end)
         return self._append(key_states, value_states)
+
+    def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Count `tokens` more of every row, whose keys and values [B, H, tokens, D] the caller writes at once.
+
+        Only where something is held already, by rows of one length, without a window.
+        """
+        assert self._lengths is None
+        assert self.sliding_window is None
+        column = self._reserve(tokens)
+        self._length += tokens
+        return self._keys.narrow(2, column, tokens), self._values.narrow(2, column, tokens)
 
     def rollback(self, rejected: int | Sequence[int]) -> None:
         """Forget the newest tokens: as many of every row, or a number for each row.

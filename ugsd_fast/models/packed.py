@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
 from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
+
+# Requests attend together, their caches copied side by side, up to this many bytes of keys each: beyond, copies cost
+# more than the calls that they save.
+_SMALL = 128 << 10
 
 _lock = threading.Lock()
 _in_use: WeakKeyDictionary[Any, tuple[list[Any], str, int]] = WeakKeyDictionary()  # configs, name, packed forwards
@@ -121,20 +125,63 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
 
 
 class Ragged:
-    """Keys or values of several requests, which go through a model's attention module as if they were one tensor."""
+    """Keys or values of several requests, which go through a model's attention module as if they were one tensor.
+
+    Parameters
+    ----------
+    parts : sequence of Tensor[1, H, T, D]
+        Of each request.
+    counts : sequence of int
+        Queries of each.
+    mask_of : callable, optional
+        (queries, slots) -> mask; None where every query sees all.
+    groups : sequence of Group
+        Requests that can attend together, and their share of `allocated`.
+    allocated : sequence of Tensor[1, H, C, D]
+        Each request's memory, which its part is a view of.
+    """
 
     def __init__(
-        self, parts: Sequence[Tensor], counts: Sequence[int], mask_of: Callable[[int, int], Tensor | None] | None
+        self,
+        parts: Sequence[Tensor],
+        counts: Sequence[int],
+        mask_of: Callable[[int, int], Tensor | None] | None,
+        groups: Sequence[Group] = (),
+        allocated: Sequence[Tensor] = (),
     ):
-        self.parts = parts  # [1, H, T, D] each
-        self.counts = counts  # queries of each
+        self.parts = parts
+        self.counts = counts
         self.mask_of = mask_of
+        self.groups = groups
+        self.allocated = allocated
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Ragged:
         """Apply what a module does to keys on their way (padding a head) to each part."""
         self = args[0]
         return cls([func(part, *args[1:], **(kwargs or {})) for part in self.parts], self.counts, self.mask_of)
+
+
+class _Held(Sequence[Tensor]):
+    """The keys (0) or values (1) of several requests' layers, as views made when they are asked for."""
+
+    def __init__(self, layers: Sequence[Any], which: int):
+        self._layers, self._which = layers, which
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        layer = self._layers[index]
+        return layer.values if self._which else layer.keys
+
+
+class Group(NamedTuple):
+    """Requests with as many new tokens and as much memory: their mask [B, 1, q, C], and room to put caches together."""
+
+    members: Sequence[int]
+    mask: Tensor
+    room: tuple[Tensor, Tensor]
 
 
 class PackedCache(Cache):
@@ -156,19 +203,44 @@ class PackedCache(Cache):
         self._counts = list(counts)
         self._mask = mask
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        self._groups: dict[tuple[int, ...], list[Group]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append the states [1, H, N, D] of a packed row and return all keys and values, each request's apart."""
-        keys, values = [], []
-        for cache, key, value in zip(
-            self._caches, key_states.split(self._counts, 2), value_states.split(self._counts, 2), strict=True
-        ):
-            own_keys, own_values = cache.update(key, value, layer_idx)
-            keys.append(own_keys)
-            values.append(own_values)
         layer: Any = self.layers[layer_idx]
         mask_of = partial(self._mask_of, layer.sliding_window if layer.is_sliding else None, key_states)
-        return Ragged(keys, self._counts, mask_of), Ragged(values, self._counts, None)
+        parts = key_states.split(self._counts, 2), value_states.split(self._counts, 2)
+        if self._mask != "bool" or layer.is_sliding or not layer.is_initialized:
+            held = [cache.update(key, value, layer_idx) for cache, key, value in zip(self._caches, *parts, strict=True)]
+            keys, values = zip(*held, strict=True)
+            return Ragged(keys, self._counts, mask_of), Ragged(values, self._counts, None)
+        layers = [cache.layers[layer_idx] for cache in self._caches]
+        slots = [one.extend(count) for one, count in zip(layers, self._counts, strict=True)]
+        torch._foreach_copy_([key for key, _ in slots], list(parts[0]))
+        torch._foreach_copy_([value for _, value in slots], list(parts[1]))
+        groups = self._groups_of(layers)
+        return tuple(
+            Ragged(_Held(layers, which), self._counts, mask, groups, [one.storage[which] for one in layers])
+            for which, mask in enumerate((mask_of, None))
+        )
+
+    def _groups_of(self, layers: Sequence[Any]) -> list[Group]:
+        """Which requests attend together in these layers of one depth; the others are in groups of one."""
+        capacities = tuple(layer.capacity for layer in layers)
+        if capacities not in self._groups:
+            members: dict[tuple[int, int], list[int]] = {}
+            for index, key in enumerate(zip(self._counts, capacities, strict=True)):
+                members.setdefault(key, []).append(index)
+            keys, values = layers[0].storage
+            groups = []
+            for (count, capacity), indices in members.items():
+                ends = torch.tensor([layers[index].get_seq_length() for index in indices], device=keys.device)
+                slot = torch.arange(capacity, device=keys.device)
+                query = torch.arange(-count, 0, device=keys.device)[:, None]
+                mask = (slot <= query + ends[:, None, None])[:, None]
+                groups.append(Group(indices, mask, (keys.new_empty(0), values.new_empty(0))))
+            self._groups[capacities] = groups
+        return self._groups[capacities]
 
     def _mask_of(self, window: int | None, like: Tensor, count: int, slots: int) -> Tensor | None:
         """The mask [1, 1, q, T] of a request's `count` queries over `slots` keys, the newest being its own."""
@@ -264,8 +336,22 @@ def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attent
         kwargs["is_causal"] = False  # cross-attention
     elif kwargs.get("is_causal") is not None:
         kwargs["is_causal"] = None
-    outputs = [
-        inner(module, own, keys, values, key.mask_of and key.mask_of(count, keys.shape[2]), **kwargs)[0]
-        for own, keys, values, count in zip(query.split(key.counts, 2), key.parts, value.parts, key.counts, strict=True)
-    ]
-    return torch.cat(outputs, 1), None
+    queries = query.split(key.counts, 2)
+    outputs: dict[int, Tensor] = {}
+    for group in key.groups:
+        if len(group.members) > 1 and key.allocated[group.members[0]].nbytes <= _SMALL:
+            own = torch.cat([queries[i] for i in group.members])
+            keys, values = (
+                torch.cat([held.allocated[i] for i in group.members], out=room)
+                for held, room in zip((key, value), group.room, strict=True)
+            )
+            rows = inner(module, own, keys, values, group.mask, **kwargs)[0]  # [B, q, H, D]
+            if len(group.members) == len(queries):
+                return rows.flatten(0, 1)[None], None
+            outputs.update(zip(group.members, rows.split(1), strict=True))
+    for i, (own, count) in enumerate(zip(queries, key.counts, strict=True)):
+        if i not in outputs:
+            keys = key.parts[i]
+            mask = key.mask_of and key.mask_of(count, keys.shape[2])
+            outputs[i] = inner(module, own, keys, value.parts[i], mask, **kwargs)[0]
+    return torch.cat([outputs[i] for i in range(len(queries))], 1), None
