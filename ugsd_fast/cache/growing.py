@@ -77,11 +77,6 @@ class GrowingLayer(DynamicLayer):
         return None if self._storage is None else self._view(1, self._base, self._length)
 
     @property
-    def storage(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values as allocated, [B, H, capacity, D]."""
-        return self._storage
-
-    @property
     def lengths(self) -> list[int] | None:
         """Tokens of each row, or None where all rows have `get_seq_length()`."""
         return self._lengths
@@ -139,16 +134,17 @@ class GrowingLayer(DynamicLayer):
                 return self._view(0, first, end), self._view(1, first, end)
         return self._append(key_states, value_states)
 
-    def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Count `tokens` more of every row, whose keys and values [B, H, tokens, D] the caller writes at once.
+    def extend(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Count `tokens` more, whose keys and values the caller writes at once; only of one row, without a window.
 
-        Only where something is held already, by rows of one length, without a window.
+        Returns
+        -------
+        tuple of int
+            Addresses of keys and values [H, capacity, D], the capacity, all tokens with the new ones, the new ones.
         """
-        assert self._lengths is None
-        assert self.sliding_window is None
-        column = self._reserve(tokens)
+        self._reserve(tokens)
         self._length += tokens
-        return self._keys.narrow(2, column, tokens), self._values.narrow(2, column, tokens)
+        return *self._addresses, self._capacity, self._length, tokens
 
     def rollback(self, rejected: int | Sequence[int]) -> None:
         """Forget the newest tokens: as many of every row, or a number for each row.
@@ -297,6 +293,7 @@ class GrowingLayer(DynamicLayer):
         self._key_strides, self._value_strides = self._strides = keys.stride(), values.stride()
         self._step_shape = torch.Size((*keys.shape[:2], 1, keys.shape[3]))
         self._value_width = values.shape[3]
+        self._addresses = keys.data_ptr(), values.data_ptr()
         self._is_inference = keys.is_inference()
         self._slots = []
 

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,10 +25,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
 from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
+from ugsd_fast.ops.backend import extension
 
-# Requests attend together, their caches copied side by side, up to this many bytes of keys each: beyond, copies cost
-# more than the calls that they save.
-_SMALL = 128 << 10
+# New tokens of a request up to which the extension attends: for more, matrix products are faster.
+_FEW = 64
+
+# Arguments of attention that change nothing where every query sees its own request up to itself.
+_OF_NO_MATTER = frozenset({"scaling", "is_causal", "use_cache"})
 
 _lock = threading.Lock()
 _in_use: WeakKeyDictionary[Any, tuple[list[Any], str, int]] = WeakKeyDictionary()  # configs, name, packed forwards
@@ -125,35 +128,15 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
 
 
 class Ragged:
-    """Keys or values of several requests, which go through a model's attention module as if they were one tensor.
-
-    Parameters
-    ----------
-    parts : sequence of Tensor[1, H, T, D]
-        Of each request.
-    counts : sequence of int
-        Queries of each.
-    mask_of : callable, optional
-        (queries, slots) -> mask; None where every query sees all.
-    groups : sequence of Group
-        Requests that can attend together, and their share of `allocated`.
-    allocated : sequence of Tensor[1, H, C, D]
-        Each request's memory, which its part is a view of.
-    """
+    """Keys or values of several requests, which go through a model's attention module as if they were one tensor."""
 
     def __init__(
-        self,
-        parts: Sequence[Tensor],
-        counts: Sequence[int],
-        mask_of: Callable[[int, int], Tensor | None] | None,
-        groups: Sequence[Group] = (),
-        allocated: Sequence[Tensor] = (),
+        self, parts: Sequence[Tensor], counts: Sequence[int], mask_of: Callable[[int, int], Tensor | None] | None
     ):
-        self.parts = parts
-        self.counts = counts
+        self.parts = parts  # [1, H, T, D] each
+        self.counts = counts  # queries of each
         self.mask_of = mask_of
-        self.groups = groups
-        self.allocated = allocated
+        self.requests: list[int] | None = None  # as the extension takes them, where it can attend
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Ragged:
@@ -162,26 +145,17 @@ class Ragged:
         return cls([func(part, *args[1:], **(kwargs or {})) for part in self.parts], self.counts, self.mask_of)
 
 
-class _Held(Sequence[Tensor]):
-    """The keys (0) or values (1) of several requests' layers, as views made when they are asked for."""
+class _Views(Sequence[Tensor]):
+    """The keys or values of several requests' layers, as views made when they are asked for."""
 
-    def __init__(self, layers: Sequence[Any], which: int):
-        self._layers, self._which = layers, which
+    def __init__(self, layers: Sequence[Any], name: str):
+        self._layers, self._name = layers, name
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __getitem__(self, index: Any) -> Any:
-        layer = self._layers[index]
-        return layer.values if self._which else layer.keys
-
-
-class Group(NamedTuple):
-    """Requests with as many new tokens and as much memory: their mask [B, 1, q, C], and room to put caches together."""
-
-    members: Sequence[int]
-    mask: Tensor
-    room: tuple[Tensor, Tensor]
+        return getattr(self._layers[index], self._name)
 
 
 class PackedCache(Cache):
@@ -203,44 +177,40 @@ class PackedCache(Cache):
         self._counts = list(counts)
         self._mask = mask
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
-        self._groups: dict[tuple[int, ...], list[Group]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append the states [1, H, N, D] of a packed row and return all keys and values, each request's apart."""
         layer: Any = self.layers[layer_idx]
         mask_of = partial(self._mask_of, layer.sliding_window if layer.is_sliding else None, key_states)
+        if self._attends_at_once(layer, key_states, value_states):
+            layers = [cache.layers[layer_idx] for cache in self._caches]
+            if not layer.is_initialized:
+                for one, count in zip(layers, self._counts, strict=True):
+                    one.lazy_initialization(key_states[:, :, :count], value_states[:, :, :count])
+            extended = [layer.extend(count) for layer, count in zip(layers, self._counts, strict=True)]
+            requests = list(chain.from_iterable(extended))
+            extension.append_slots(key_states, value_states, requests)
+            keys, values = (Ragged(_Views(layers, name), self._counts, None) for name in ("keys", "values"))
+            keys.mask_of, keys.requests = mask_of, requests
+            return keys, values
         parts = key_states.split(self._counts, 2), value_states.split(self._counts, 2)
-        if self._mask != "bool" or layer.is_sliding or not layer.is_initialized:
-            held = [cache.update(key, value, layer_idx) for cache, key, value in zip(self._caches, *parts, strict=True)]
-            keys, values = zip(*held, strict=True)
-            return Ragged(keys, self._counts, mask_of), Ragged(values, self._counts, None)
-        layers = [cache.layers[layer_idx] for cache in self._caches]
-        slots = [one.extend(count) for one, count in zip(layers, self._counts, strict=True)]
-        torch._foreach_copy_([key for key, _ in slots], list(parts[0]))
-        torch._foreach_copy_([value for _, value in slots], list(parts[1]))
-        groups = self._groups_of(layers)
-        return tuple(
-            Ragged(_Held(layers, which), self._counts, mask, groups, [one.storage[which] for one in layers])
-            for which, mask in enumerate((mask_of, None))
+        held = [cache.update(key, value, layer_idx) for cache, key, value in zip(self._caches, *parts, strict=True)]
+        return (
+            Ragged([own for own, _ in held], self._counts, mask_of),
+            Ragged([own for _, own in held], self._counts, None),
         )
 
-    def _groups_of(self, layers: Sequence[Any]) -> list[Group]:
-        """Which requests attend together in these layers of one depth; the others are in groups of one."""
-        capacities = tuple(layer.capacity for layer in layers)
-        if capacities not in self._groups:
-            members: dict[tuple[int, int], list[int]] = {}
-            for index, key in enumerate(zip(self._counts, capacities, strict=True)):
-                members.setdefault(key, []).append(index)
-            keys, values = layers[0].storage
-            groups = []
-            for (count, capacity), indices in members.items():
-                ends = torch.tensor([layers[index].get_seq_length() for index in indices], device=keys.device)
-                slot = torch.arange(capacity, device=keys.device)
-                query = torch.arange(-count, 0, device=keys.device)[:, None]
-                mask = (slot <= query + ends[:, None, None])[:, None]
-                groups.append(Group(indices, mask, (keys.new_empty(0), values.new_empty(0))))
-            self._groups[capacities] = groups
-        return self._groups[capacities]
+    def _attends_at_once(self, layer: Any, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether the extension can attend for all requests in one call."""
+        return (
+            extension is not None
+            and self._mask == "bool"
+            and max(self._counts) <= _FEW
+            and not layer.is_sliding
+            and key_states.dtype is value_states.dtype is torch.float32
+            and key_states.device.type == "cpu"
+            and key_states.stride(3) == value_states.stride(3) == 1
+        )
 
     def _mask_of(self, window: int | None, like: Tensor, count: int, slots: int) -> Tensor | None:
         """The mask [1, 1, q, T] of a request's `count` queries over `slots` keys, the newest being its own."""
@@ -332,26 +302,26 @@ def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attent
     if not isinstance(key, Ragged):
         return inner(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
+    if key.requests is not None and query.stride(3) == 1 and _is_plain(kwargs):
+        out = query.new_empty(1, query.shape[2], query.shape[1], value.parts[0].shape[3])
+        scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+        heads = key.parts[0].shape[1]
+        extension.packed_attention(query, out, key.requests, heads, scale, torch.get_num_threads())
+        return out, None
     if key.mask_of is None:
         kwargs["is_causal"] = False  # cross-attention
     elif kwargs.get("is_causal") is not None:
         kwargs["is_causal"] = None
-    queries = query.split(key.counts, 2)
-    outputs: dict[int, Tensor] = {}
-    for group in key.groups:
-        if len(group.members) > 1 and key.allocated[group.members[0]].nbytes <= _SMALL:
-            own = torch.cat([queries[i] for i in group.members])
-            keys, values = (
-                torch.cat([held.allocated[i] for i in group.members], out=room)
-                for held, room in zip((key, value), group.room, strict=True)
-            )
-            rows = inner(module, own, keys, values, group.mask, **kwargs)[0]  # [B, q, H, D]
-            if len(group.members) == len(queries):
-                return rows.flatten(0, 1)[None], None
-            outputs.update(zip(group.members, rows.split(1), strict=True))
-    for i, (own, count) in enumerate(zip(queries, key.counts, strict=True)):
-        if i not in outputs:
-            keys = key.parts[i]
-            mask = key.mask_of and key.mask_of(count, keys.shape[2])
-            outputs[i] = inner(module, own, keys, value.parts[i], mask, **kwargs)[0]
-    return torch.cat([outputs[i] for i in range(len(queries))], 1), None
+    outputs = [
+        inner(module, own, keys, values, key.mask_of and key.mask_of(count, keys.shape[2]), **kwargs)[0]
+        for own, keys, values, count in zip(query.split(key.counts, 2), key.parts, value.parts, key.counts, strict=True)
+    ]
+    return torch.cat(outputs, 1), None
+
+
+def _is_plain(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing else is asked of attention: no dropout, no bias, no cap."""
+    return all(
+        name in _OF_NO_MATTER or value is None or (isinstance(value, (bool, float)) and not value)
+        for name, value in kwargs.items()
+    )

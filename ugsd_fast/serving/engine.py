@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import cast
 
@@ -221,6 +222,7 @@ class ModelBackend:
             max_verify_bytes=self.limits.max_verify_bytes,
             front_end=self._maker.description if "features" in wanted else "",
         )
+        self._preparing = ThreadPoolExecutor(1, "ugsd-prepare")
         self._scheduler = Scheduler(BatchJudge(LocalVerifier(model)), self.limits, self.metrics)
 
     async def prepare(self, request: protocol.Open) -> ServedSession:
@@ -228,7 +230,8 @@ class ModelBackend:
         rules = request.rules
         try:
             config = UGSDConfig(**{name: getattr(rules, name) for name in rules.__struct_fields__})  # type: ignore[arg-type]
-            inputs = await asyncio.to_thread(self._maker.prepare, request)
+            loop = asyncio.get_running_loop()
+            inputs = await loop.run_in_executor(self._preparing, self._maker.prepare, request)
         except protocol.BadFrame as error:
             raise Refusal("bad_frame", str(error)) from None
         except (UGSDError, ValueError) as error:
@@ -247,6 +250,7 @@ class ModelBackend:
 
     def close(self) -> None:
         """Stop the model's threads."""
+        self._preparing.shutdown()
         self._scheduler.close()
 
 

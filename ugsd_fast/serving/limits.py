@@ -60,7 +60,7 @@ class Limits:
     max_waiting: int = 1024
     kv_bytes: int = 1 << 30
     token_budget: int = 2048
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     max_wait: float = 0.002
     resume_seconds: float = 120.0
     retry_after: float = 0.5
