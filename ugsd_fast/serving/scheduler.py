@@ -16,6 +16,7 @@ from ugsd_fast.serving.metrics import Metrics
 from ugsd_fast.serving.sessions import Call, Judged, Refusal
 
 _LEAST_PIECE = 16  # positions that a piece counts for at least: a forward has a cost of its own
+_PATIENCE = 5  # times as long blocks wait for company while prompts queue: small batches would take their cores
 _log = logging.getLogger(__name__)
 
 
@@ -209,9 +210,10 @@ class Scheduler:
             batch.append(job)
         if not batch:
             return [], None
-        left = batch[0].arrived + self._limits.max_wait - time.monotonic()
-        open_to_more = len(batch) < len(self._states) and tokens < self._limits.token_budget and not batch[0].alone
-        if open_to_more and left > 0:
+        patience = self._limits.max_wait * (_PATIENCE if self._prompts else 1)
+        left = batch[0].arrived + patience - time.monotonic()
+        others = len(self._states) - len(self._prompts) - len(self._computed) - len(batch)
+        if others > 0 and tokens < self._limits.token_budget and not batch[0].alone and left > 0:
             return [], left
         for job in batch:
             self._jobs.remove(job)
