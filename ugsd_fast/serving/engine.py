@@ -204,13 +204,13 @@ class ModelBackend:
         self.metrics = metrics or Metrics()
         self.audio_lm = model
         self._maker = PromptMaker(model)
-        possible = self._maker.possible()
+        possible = self._maker.levels
         wanted = [level for level in possible if level != "embeddings"] if uplinks is None else list(uplinks)
         refused = [level for level in wanted if level not in possible]
         if refused or not wanted:
             raise ModelError(
                 f"serve: {name} cannot take uplink level {', '.join(refused) or '(none chosen)'}, expected of "
-                f"{', '.join(possible) or 'no level: its inputs are not prepared from audio'}"
+                f"{', '.join(possible) or f'no level: {self._maker.reason}'}"
             )
         self.model = protocol.Model(
             name=name,

@@ -67,6 +67,7 @@ class StagedSequence(CachedSequence):
 
     def __init__(self, model: Any, embeddings: Tensor, family: Family | None = None):
         super().__init__(model, {}, family)
+        self._hears = family is not None
         self._embeddings = embeddings
         self.prompt_length = embeddings.shape[1]
 
