@@ -200,7 +200,7 @@ def load(report: Row) -> Iterator[str]:
     )
     yield (
         "What the memory grows by is not held by anything. In seven minutes of 64 long sessions what the server has "
-        "allocated stayed at 301 to 327 MiB; glibc's free chunks in between grew to some 180 MiB within a minute and no "
+        "allocated stayed at 301 to 327 MiB; free chunks in between grew to some 180 MiB within a minute and no "
         "further, and `malloc_trim` gave 45 MiB back.\n"
     )
 
