@@ -24,13 +24,18 @@ from ugsd_fast.serving.sessions import Call
 __all__ = ["_torchaudio"]
 
 GREEDY = UGSDConfig(rule="greedy", always_escalate=True)
-# Where not all three: the text part is given more than embeddings, or the features are the samples.
+# Where not all three. The text part is given more than embeddings; the features are the samples, or depend on more than
+# the extractor's settings: on the processor's padding, on the whole clip beyond its window.
 LEVELS = {
-    "gemma3n": {"features", "audio"},
+    "qwen3_asr": {"embeddings", "audio"},
+    "voxtral": {"embeddings", "audio"},
+    "granite_speech": {"embeddings", "audio"},
+    "phi4_multimodal": {"features", "audio"},
+    "gemma3n": {"audio"},
     "gemma4": {"features", "audio"},
+    "vibevoice_asr": {"embeddings", "audio"},
     "whisper": {"features", "audio"},
     "moonshine": {"audio"},
-    "vibevoice_asr": {"embeddings", "audio"},
 }
 
 

@@ -169,15 +169,15 @@ class AudioLM:
         """Length of the audio encoder's window, None where there is no such limit."""
         if self.processor is None or self.family is None or self.family.window is None:
             return None
-        return self.family.window(self._extractor) / self.sampling_rate
+        return self.family.window(self.extractor) / self.sampling_rate
 
     @property
     def sampling_rate(self) -> int:
         """Samples a second of what the processor takes."""
-        return int(self._extractor.sampling_rate)
+        return int(self.extractor.sampling_rate)
 
     @property
-    def _extractor(self) -> Any:
+    def extractor(self) -> Any:
         """What makes features of samples."""
         return getattr(self.processor, "feature_extractor", None) or self.processor.audio_processor
 

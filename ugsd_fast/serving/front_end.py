@@ -72,8 +72,7 @@ class LogMel:
         template : callable
             Samples -> what the model's processor makes of so long a tone.
         """
-        extractor: Any = getattr(model.processor, "feature_extractor", None)
-        family = model.family
+        family, extractor = model.family, model.extractor
         if family is None or family.audio == "input_values" or type(extractor).__name__ not in _EXTRACTORS:
             return ""
         config = {k: v for k, v in extractor.to_dict().items() if isinstance(v, (int, float, bool, str))}
@@ -103,7 +102,9 @@ class LogMel:
         return np.concatenate(parts).reshape(-1, parts[0].shape[-1])
 
     def _extract(self, samples: np.ndarray) -> np.ndarray:
-        made = self._extractor(samples, sampling_rate=self._extractor.sampling_rate, return_tensors="np", **self._call)
+        made = self._extractor(
+            [samples], sampling_rate=self._extractor.sampling_rate, return_tensors="np", **self._call
+        )
         features = np.asarray(made[self._name])
         return features[..., : int(made["attention_mask"].sum())] if self._trims else features
 

@@ -46,7 +46,7 @@ class CacheMemory:
         """Bytes of a cache with `tokens`, of which up to `newest` came in one forward, and the audio of `inputs`."""
         total = 0
         for window, slot in self._layers.items():
-            slots = tokens if window is None else min(tokens, 2 * (window + MAX_ROLLBACK + newest))
+            slots = tokens if window is None else 2 * min(tokens, window + MAX_ROLLBACK + newest)
             total += slot << (max(slots, MIN_CAPACITY) - 1).bit_length()
         if self._heard_bytes and self._audio in inputs:
             total += self._heard_bytes * -(-inputs[self._audio].shape[-1] // self._heard_length)
