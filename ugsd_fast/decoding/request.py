@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ugsd_fast.decoding.block_length import BlockLength, block_length
+from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter
@@ -45,6 +45,8 @@ class Request:
         What else may end the caption.
     streams : bool
         Whether every event carries its text; otherwise only the last does, and text is decoded once.
+    costs : Costs, optional
+        What earlier requests taught about block lengths, and this one adds to.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Request:
         started: float,
         stopping: Stopping | None = None,
         streams: bool = True,
+        costs: Costs | None = None,
     ):
         self.drafter = drafter
         self.session = session
@@ -74,7 +77,9 @@ class Request:
         self._stopping = stopping
         self._streams = streams
         self._first_token = 0.0
-        self._length: BlockLength = block_length(config)
+        self._length: BlockLength = block_length(config, costs, watches=isinstance(drafter, Drafter))
+        if isinstance(drafter, Drafter):
+            drafter.stops = self._length.stops
         self._trace = Trace()
         self._text = IncrementalText(decode)
 
