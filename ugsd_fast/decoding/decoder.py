@@ -172,7 +172,7 @@ class Decoder:
             for row, (clip, text, draft_inputs, judge_inputs) in enumerate(zip(*columns, strict=True))
         )
         if streamer is not None:
-            return stream_to(streamer, self._events([], arrivals))
+            return stream_to(streamer, (event for event in self._events(next(arrivals)) if event is not None))
         # A draft graph has addresses of its own for one request.
         room = 1 if self.config.graph else max_batch_size
         results: dict[int, Result | Exception] = {}
@@ -207,15 +207,25 @@ class Decoder:
         """
         steering = Steering(logits_processor, stopping_criteria).check(1)
         given = Given(audio, prompt, inputs, verifier_inputs, max_new_tokens, steering)
-        return self._events([self._open(given)], iter(()))
+        events = self._events(given)
+        next(events)
+        return cast(Iterator[StreamEvent], events)
 
-    def _events(self, requests: list[Request], arrivals: Iterator[Given]) -> Iterator[StreamEvent]:
-        """What happens to one request; its error is raised."""
-        with closing(self._run(requests, arrivals, 1)) as outcomes:
-            for _, outcome in outcomes:
+    def _events(self, given: Given) -> Iterator[StreamEvent | None]:
+        """What happens to one request, whose error is raised; first of all None, once it is open.
+
+        Whoever lets go of the iterator, before its first event even, closes the request.
+        """
+        requests = [self._open(given)]
+        try:
+            yield None
+            for _, outcome in self._run(requests, iter(()), 1):
                 if isinstance(outcome, Exception):
                     raise outcome
                 yield outcome
+        finally:
+            for request in list(requests):
+                self._end(request, requests)
 
     def _run(
         self, requests: list[Request], arrivals: Iterator[Given], room: int

@@ -125,6 +125,10 @@ def _padding(mask: Tensor | None, count: int) -> list[int]:
         return [0] * count
     kept = mask != 0
     starts = kept.int().argmax(1)
-    if not torch.equal(kept, torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]):
-        raise ModelError("the attention mask has zeros behind a prompt's first token, expected left padding only")
+    wrong = (kept != (torch.arange(mask.shape[1], device=mask.device) >= starts[:, None])).any(1)
+    if bool(wrong.any()):
+        raise ModelError(
+            f"row {int(wrong.int().argmax()) + 1} of {count}: the attention mask has zeros behind the prompt's first "
+            "token, expected left padding only"
+        )
     return starts.tolist()
