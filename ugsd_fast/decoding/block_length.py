@@ -10,7 +10,6 @@ from typing import Protocol
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.trace import BlockRecord
 
-
 # Given the entropies of a block's tokens so far, nats: whether the block ends here.
 Stops = Callable[[Sequence[float]], bool]
 
@@ -71,7 +70,7 @@ class Fixed:
 
     def __init__(self, config: UGSDConfig):
         self._config = config
-        self.stops = self._stops if config.adaptive == "entropy" else None
+        self.stops: Stops | None = self._stops if config.adaptive == "entropy" else None
 
     def next(self) -> int:
         """Tokens to draft at most."""
@@ -87,7 +86,7 @@ class Fixed:
 class AdditiveIncrease:
     """``aimd``: one token more after a block that the verifier accepted whole, half as many after a rejection."""
 
-    stops = None
+    stops: Stops | None = None
 
     def __init__(self, config: UGSDConfig):
         self._shortest, self._longest = config.min_block, config.longest_block
@@ -187,7 +186,7 @@ class BestRate:
 
     def __init__(self, config: UGSDConfig, costs: Costs, *, watches: bool = True):
         self._config, self._costs = config, costs
-        self.stops = self._stops if watches else None
+        self.stops: Stops | None = self._stops if watches else None
         self._start = min(max(config.block_size, config.min_block), config.longest_block)
         self._drafts = self._verdicts = 0
 

@@ -12,7 +12,7 @@ from ugsd_fast import ops
 from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
-from ugsd_fast.errors import ModelError
+from ugsd_fast.errors import ModelError, attempt
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
 
@@ -110,11 +110,16 @@ class Drafter:
         Tokens that were drafted ahead come first.
         """
         if not self.buffer:
-            return draft_blocks([self], [length])[0]
+            block = draft_blocks([self], [length])[0]
+            if isinstance(block, Exception):
+                raise block
+            return block
         count = 1
         while count < length and not self._ended(self.buffer[count - 1]) and not self._stopped(count):
             if count == len(self.buffer):
-                draft_ahead([self])
+                for error in draft_ahead([self]):
+                    if error is not None:
+                        raise error
             count += 1
         steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
@@ -125,6 +130,10 @@ class Drafter:
         self.drafted = len(block)
         del self.buffer[: len(block)]
         return block
+
+    def check_room(self, length: int) -> None:
+        """Raise `ModelError` unless a block of `length` tokens can be drafted."""
+        self.sequence.check_room(self.pending.shape[1] + length - 1)
 
     def goes_on(self, block: DraftBlock) -> bool:
         """Whether anything can follow what was drafted behind `block`, and behind `block` itself."""
@@ -175,7 +184,7 @@ class Drafter:
 
 
 @torch.inference_mode()
-def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock]:
+def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock | Exception]:
     """Draft a block for each of several requests, step by step together: one forward pass a step for all of them.
 
     Parameters
@@ -184,7 +193,18 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         Of one edge model and one config, but for the seed.
     lengths : sequence of int
         Tokens to draft for each, at least 1. A request whose block is complete leaves the later steps.
+
+    Returns
+    -------
+    list of DraftBlock or Exception
+        The error of a request that has no room for its block, or whose logits have no finite value.
     """
+    least = [one.config.min_block if one.stops else length for one, length in zip(drafters, lengths, strict=True)]
+    roomy = [attempt(one.check_room, min(pair)) for one, *pair in zip(drafters, lengths, least, strict=True)]
+    if any(roomy):
+        able = [row for row, error in enumerate(roomy) if error is None]
+        blocks = iter(draft_blocks([drafters[row] for row in able], [lengths[row] for row in able]) if able else [])
+        return [next(blocks) if error is None else error for error in roomy]
     config, device = drafters[0].config, drafters[0].pending.device
     watched = any(drafter.stops for drafter in drafters)
     rows, width = len(drafters), max(lengths)
@@ -231,18 +251,23 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
     records = gate(drafted, entropy, config, drafters[0].eos, ends).tolist()
     return [
-        block_of(record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
+        attempt(block_of, record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
 
 
-def draft_ahead(drafters: Sequence[Drafter]) -> None:
-    """Draft one token more for each request, behind its block in flight and what was drafted ahead before."""
+def draft_ahead(drafters: Sequence[Drafter]) -> list[Exception | None]:
+    """Draft one token more for each request, behind its block in flight and what was drafted ahead before.
+
+    Returns the errors of those that cannot.
+    """
     lengths = [drafter.drafted for drafter in drafters]
     steps = draft_blocks(drafters, [1] * len(drafters))
     for drafter, length, step in zip(drafters, lengths, steps, strict=True):
         drafter.drafted = length
-        drafter.buffer.append(step)
+        if not isinstance(step, Exception):
+            drafter.buffer.append(step)
+    return [step if isinstance(step, Exception) else None for step in steps]
 
 
 def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ class CachedSequence:
             last = self.forward(tokens[:, :0], keep=1)
             logits = torch.cat([last, self.forward(tokens)], dim=1)
             return logits[:, logits.shape[1] - keep :]
-        audio = self.take_prompt()
+        audio = self.prompt_inputs()
         ids = torch.cat([audio.pop("input_ids"), tokens], dim=1) if first else tokens
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
@@ -152,7 +152,7 @@ class CachedSequence:
             return False
         return self._audio_token is None or not bool((tokens == self._audio_token).any())
 
-    def take_prompt(self) -> dict[str, Any]:
+    def prompt_inputs(self) -> dict[str, Any]:
         """What the first forward is given beside the tokens, the prompt's ``input_ids`` with it; later ones nothing."""
         return {} if self.length else {**self._prompt, **self._first_kwargs}
 
