@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,8 @@ class Drafter:
     """Drafts the continuation of one request.
 
     The steps of a block follow each other without a look at their results: tokens, entropies and the gate's decision
-    come to the host together, in one read a block (``adaptive="entropy"`` looks at each token's entropy, too).
+    come to the host together, in one read a block (``adaptive="entropy"`` looks at each token's entropy, too, and so
+    does `on_escalation`, until it is called).
 
     Parameters
     ----------
@@ -72,6 +73,11 @@ class Drafter:
         Columns of the edge model's logits; a verifier's token beyond them cannot be fed to it.
     processed : Processed, optional
         What its logits go through before a token is drawn.
+
+    Attributes
+    ----------
+    on_escalation : callable or None
+        Called once, before the next step, when a block is certain to be escalated whatever else it gets.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class Drafter:
         self._ends = eos_token_ids
         self._final = 0
         self.processed = processed
+        self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
         self._device = device
 
@@ -109,9 +116,12 @@ class Drafter:
         """
         if not self.buffer:
             return draft_blocks([self], [length])[0]
-        while len(self.buffer) < length and not self._ended(self.buffer[-1]):
-            draft_ahead([self])
-        steps = self.buffer[:length]
+        count = 1
+        while count < length and not self._ended(self.buffer[count - 1]) and not self._stopped(count):
+            if count == len(self.buffer):
+                draft_ahead([self])
+            count += 1
+        steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
         entropy = torch.tensor([[step.entropy[0] for step in steps]], device=self._device)
         kept = [step.logits for step in steps if step.logits is not None]
@@ -148,6 +158,10 @@ class Drafter:
         guessed = next_token < 0 or (bool(self.buffer) and self.buffer[0].token_ids[0] == next_token)
         return num_accepted == self.drafted and guessed
 
+    def _stopped(self, count: int) -> bool:
+        uncertain = self.config.adaptive == "entropy" and count >= self.config.min_block
+        return uncertain and any(step.escalate for step in self.buffer[:count])
+
     def _ended(self, block: DraftBlock) -> bool:
         return bool(len(block)) and block.token_ids[-1] in self._ends
 
@@ -182,10 +196,14 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     rows, width = len(drafters), max(lengths)
     lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
-    tokens, entropies, uncertain = [], [], set()
+    tokens: list[Tensor] = []
+    entropies: list[Tensor] = []
+    uncertain: set[int] = set()
     logits: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
     for step in range(width):
+        if tokens:
+            _foretell(drafters, tokens, entropies)
         at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
         if at[0].processed is not None:
@@ -223,6 +241,24 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         block_of(record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
+
+
+def _foretell(drafters: Sequence[Drafter], tokens: list[Tensor], entropies: list[Tensor]) -> None:
+    """Tell those that want to know that their block, of which this is the beginning, will be escalated.
+
+    Once an entropy is over the threshold, so is the greatest; a mean can fall again. What is behind an end-of-sequence
+    token does not count.
+    """
+    config = drafters[0].config
+    if config.gate == "mean" or config.adaptive == "entropy" or (config.gate == "first" and len(tokens) > 1):
+        return  # unknown before the block is complete, complete with that token, or known since the first
+    if all(drafter.on_escalation is None for drafter in drafters):
+        return
+    records = gate(torch.stack(tokens, 1), torch.stack(entropies, 1), config, drafters[0].eos)
+    for drafter, escalates in zip(drafters, records[:, 2].tolist(), strict=True):
+        if escalates and drafter.on_escalation is not None:
+            tell, drafter.on_escalation = drafter.on_escalation, None
+            tell()
 
 
 def draft_ahead(drafters: Sequence[Drafter]) -> None:
