@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ugsd_fast.audio import load_audio
+from ugsd_fast.decoding.block_length import Costs
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
@@ -85,6 +86,7 @@ class Decoder:
         if self.config.graph and draft is not None:
             check_replayable(draft.model, draft.family)
         self._idle_graphs: list[DraftGraph] = []
+        self._costs = Costs()
 
     def generate(
         self,
@@ -360,6 +362,7 @@ class Decoder:
             decode=self._decode_text,
             started=started,
             stopping=stopping,
+            costs=self._costs,
         )
 
     def _steered(self, given: Given) -> tuple[AudioLM, Mapping[str, Tensor]]:
@@ -391,6 +394,7 @@ class Decoder:
         other = copy.copy(self)
         other.config = replace(self.config, seed=seed)
         other._idle_graphs = []  # theirs have the old one
+        other._costs = Costs()
         return other
 
     @property

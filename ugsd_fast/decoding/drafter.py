@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.errors import ModelError, attempt
@@ -58,7 +59,7 @@ class Drafter:
     """Drafts the continuation of one request.
 
     The steps of a block follow each other without a look at their results: tokens, entropies and the gate's decision
-    come to the host together, in one read a block (``adaptive="entropy"`` looks at each token's entropy, too).
+    come to the host together, in one read a block (`stops` looks at each token's entropy, too).
 
     Parameters
     ----------
@@ -94,6 +95,7 @@ class Drafter:
         self._ends = eos_token_ids
         self._final = 0
         self.processed = processed
+        self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
         self.last_token = vocab_size - 1
         self._device = device
 
@@ -103,7 +105,7 @@ class Drafter:
         return self.sequence.forwards
 
     def draft(self, length: int) -> DraftBlock:
-        """Draft `length` tokens, K, in as many forward passes; ``adaptive="entropy"`` may stop before.
+        """Draft `length` tokens, K, in as many forward passes; `stops` may end the block before.
 
         Tokens that were drafted ahead come first.
         """
@@ -112,11 +114,14 @@ class Drafter:
             if isinstance(block, Exception):
                 raise block
             return block
-        while len(self.buffer) < length and not self._ended(self.buffer[-1]):
-            for error in draft_ahead([self]):
-                if error is not None:
-                    raise error
-        steps = self.buffer[:length]
+        count = 1
+        while count < length and not self._ended(self.buffer[count - 1]) and not self._stopped(count):
+            if count == len(self.buffer):
+                for error in draft_ahead([self]):
+                    if error is not None:
+                        raise error
+            count += 1
+        steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
         entropy = torch.tensor([[step.entropy[0] for step in steps]], device=self._device)
         kept = [step.logits for step in steps if step.logits is not None]
@@ -157,6 +162,9 @@ class Drafter:
         guessed = next_token < 0 or (bool(self.buffer) and self.buffer[0].token_ids[0] == next_token)
         return num_accepted == self.drafted and guessed
 
+    def _stopped(self, count: int) -> bool:
+        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]])
+
     def _ended(self, block: DraftBlock) -> bool:
         return bool(len(block)) and block.token_ids[-1] in self._ends
 
@@ -191,18 +199,19 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     list of DraftBlock or Exception
         The error of a request that has no room for its block, or whose logits have no finite value.
     """
-    shortest = drafters[0].config.min_block if drafters[0].config.adaptive == "entropy" else max(lengths)
-    roomy = [attempt(one.check_room, min(length, shortest)) for one, length in zip(drafters, lengths, strict=True)]
+    least = [one.config.min_block if one.stops else length for one, length in zip(drafters, lengths, strict=True)]
+    roomy = [attempt(one.check_room, min(pair)) for one, *pair in zip(drafters, lengths, least, strict=True)]
     if any(roomy):
         able = [row for row, error in enumerate(roomy) if error is None]
         blocks = iter(draft_blocks([drafters[row] for row in able], [lengths[row] for row in able]) if able else [])
         return [next(blocks) if error is None else error for error in roomy]
     config, device = drafters[0].config, drafters[0].pending.device
-    stop = config.entropy_threshold if config.adaptive == "entropy" else None
+    watched = any(drafter.stops for drafter in drafters)
     rows, width = len(drafters), max(lengths)
     lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
-    tokens, entropies, uncertain = [], [], set()
+    tokens, entropies = [], []
+    seen: list[list[float]] = [[] for _ in drafters]  # entropies, of rows that look at them
     logits: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
     for step in range(width):
@@ -220,16 +229,18 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         if config.rule in RULES_WITH_DRAFT_LOGITS:
             for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
                 logits[row].append(filtered)
+        if watched and step + 1 < width:
+            for row, nats in zip(active, entropy.tolist(), strict=True):
+                seen[row].append(nats)
+                stops = drafters[row].stops
+                if stops is not None and stops(seen[row]):
+                    lengths[row] = step + 1
         if len(active) < rows:
             where = torch.tensor(active, device=device)
             token = token.new_zeros(rows).index_copy_(0, where, token)
             entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
         tokens.append(token)
         entropies.append(entropy)
-        if stop is not None:
-            uncertain |= {row for row, nats in enumerate(entropy.tolist()) if nats > stop}
-            if step + 1 >= config.min_block:
-                lengths = [min(n, step + 1) if row in uncertain else n for row, n in enumerate(lengths)]
         active = [row for row in active if lengths[row] > step + 1]
         if not active:
             break

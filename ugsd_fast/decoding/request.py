@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ugsd_fast.decoding.block_length import BlockLength, block_length
+from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter
@@ -93,6 +93,8 @@ class Request:
         ``time.perf_counter()`` when the caller asked.
     stopping : Stopping, optional
         What else may end the caption.
+    costs : Costs, optional
+        What earlier requests taught about block lengths, and this one adds to.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Request:
         decode: Callable[[Sequence[int]], str],
         started: float,
         stopping: Stopping | None = None,
+        costs: Costs | None = None,
     ):
         self.drafter = drafter
         self.session = session
@@ -118,7 +121,9 @@ class Request:
         self._started = started
         self._stopping = stopping
         self._first_token = 0.0
-        self._length: BlockLength = block_length(config)
+        self._length: BlockLength = block_length(config, costs, watches=isinstance(drafter, Drafter))
+        if isinstance(drafter, Drafter):
+            drafter.stops = self._length.stops
         self._trace = Trace()
         self._text = IncrementalText(decode)
 

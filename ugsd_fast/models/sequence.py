@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -195,6 +195,12 @@ class CachedSequence:
         return positions.expand(ids.shape[0], -1)
 
 
+@lru_cache(maxsize=64)
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a forward has ``logits_to_keep``; reading a signature takes as long as a small matrix product."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
 @contextmanager
 def last_logits(model: Any, keep: int | Tensor) -> Iterator[dict[str, int | Tensor]]:
     """Have the next forward compute the logits of the last `keep` positions only (0 = all), or of those in a tensor.
@@ -204,7 +210,7 @@ def last_logits(model: Any, keep: int | Tensor) -> Iterator[dict[str, int | Tens
     """
     if isinstance(keep, int) and not keep:
         yield {}
-    elif "logits_to_keep" in inspect.signature(model.forward).parameters:
+    elif _keeps_logits(getattr(model.forward, "__func__", model.forward)):
         yield {"logits_to_keep": keep}
     else:
         thread = threading.get_ident()
