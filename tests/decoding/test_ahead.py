@@ -22,6 +22,8 @@ RULES: dict[str, dict[str, Any]] = {
     "gated": {"rule": "rank", "rank": 1, "entropy_threshold": 0.6},
     "gated, bonus": {"rule": "rank", "rank": 1, "entropy_threshold": 0.6, "bonus": True},
     "entropy blocks": {"rule": "greedy", "always_escalate": True, "adaptive": "entropy", "entropy_threshold": 0.3},
+    "gated entropy blocks": {"rule": "rank", "rank": 1, "adaptive": "entropy", "max_block": 8},
+    "gated entropy blocks, bonus": {"rule": "rank", "rank": 1, "adaptive": "entropy", "bonus": True, "min_block": 2},
 }
 
 
@@ -76,9 +78,8 @@ def test_captions_do_not_depend_on_it(rule: str, ahead: int, pair: EmbeddedPair)
         distant = Distant(pair.verifier, 0.006)
         result = Decoder(pair.draft, distant, replace(config, ahead=ahead)).generate(clip.path, **request)
         assert result.tokens == plain.tokens
-        if rule != "entropy blocks":  # ahead of a verdict, blocks do not know yet that the next one is uncertain
-            assert [b.draft_tokens for b in result.trace.blocks] == [b.draft_tokens for b in plain.trace.blocks]
-            assert [b.escalated for b in result.trace.blocks] == [b.escalated for b in plain.trace.blocks]
+        assert [b.draft_tokens for b in result.trace.blocks] == [b.draft_tokens for b in plain.trace.blocks]
+        assert [b.escalated for b in result.trace.blocks] == [b.escalated for b in plain.trace.blocks]
         for ours, theirs in zip(result.trace.blocks, plain.trace.blocks, strict=False):
             assert ours.entropy == pytest.approx(theirs.entropy, abs=1e-4)
         assert result.metrics.wasted_drafts == sum(block.wasted for block in result.trace.blocks)

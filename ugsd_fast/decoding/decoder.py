@@ -314,6 +314,9 @@ class Decoder:
 
     def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> list[Verdict | Exception]:
         drafters = [request.drafter for request in requests]
+        for drafter in drafters:
+            if isinstance(drafter, Drafter):
+                drafter.on_escalation = None
         ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
         if not ahead or not all(hasattr(call.session, "submit") for call in calls):
             return verify_calls(self.verifier, calls)
@@ -353,9 +356,15 @@ class Decoder:
         drafter = self._open_drafter(given, config)
         if processors is not None and isinstance(drafter, Drafter):
             drafter.processed = Processed(processors, ids.to(drafter.pending.device), vocab_size=model.vocab_size)
+        session = self._open_verifier(given, config, processors)
+        begin = getattr(session, "begin", None)
+        if begin is not None and config.always_escalate:
+            begin()
+        elif isinstance(drafter, Drafter):
+            drafter.on_escalation = begin
         return Request(
             drafter,
-            self._open_verifier(given, config, processors),
+            session,
             config,
             given,
             eos_token_ids=self.eos_token_ids,

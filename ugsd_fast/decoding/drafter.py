@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,8 @@ class Drafter:
     """Drafts the continuation of one request.
 
     The steps of a block follow each other without a look at their results: tokens, entropies and the gate's decision
-    come to the host together, in one read a block (`stops` looks at each token's entropy, too).
+    come to the host together, in one read a block (`stops` looks at each token's entropy, too, and so does
+    `on_escalation`, until it is called).
 
     Parameters
     ----------
@@ -73,6 +74,11 @@ class Drafter:
         Columns of the edge model's logits; a verifier's token beyond them cannot be fed to it.
     processed : Processed, optional
         What its logits go through before a token is drawn.
+
+    Attributes
+    ----------
+    on_escalation : callable or None
+        Called once, before the next step, when a block is certain to be escalated whatever else it gets.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class Drafter:
         self._final = 0
         self.processed = processed
         self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
+        self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
         self._device = device
 
@@ -210,11 +217,14 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     rows, width = len(drafters), max(lengths)
     lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
-    tokens, entropies = [], []
+    tokens: list[Tensor] = []
+    entropies: list[Tensor] = []
     seen: list[list[float]] = [[] for _ in drafters]  # entropies, of rows that look at them
     logits: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
     for step in range(width):
+        if tokens:
+            _foretell(drafters, tokens, entropies)
         at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
         if at[0].processed is not None:
@@ -254,6 +264,24 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         attempt(block_of, record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
+
+
+def _foretell(drafters: Sequence[Drafter], tokens: list[Tensor], entropies: list[Tensor]) -> None:
+    """Tell those that want to know that their block, of which this is the beginning, will be escalated.
+
+    Once an entropy is over the threshold, so is the greatest; a mean can fall again. What is behind an end-of-sequence
+    token does not count.
+    """
+    config = drafters[0].config
+    if config.gate == "mean" or config.adaptive == "entropy" or (config.gate == "first" and len(tokens) > 1):
+        return  # unknown before the block is complete, complete with that token, or known since the first
+    if all(drafter.on_escalation is None for drafter in drafters):
+        return
+    records = gate(torch.stack(tokens, 1), torch.stack(entropies, 1), config, drafters[0].eos)
+    for drafter, escalates in zip(drafters, records[:, 2].tolist(), strict=True):
+        if escalates and drafter.on_escalation is not None:
+            tell, drafter.on_escalation = drafter.on_escalation, None
+            tell()
 
 
 def draft_ahead(drafters: Sequence[Drafter]) -> list[Exception | None]:
