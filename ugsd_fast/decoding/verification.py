@@ -25,14 +25,13 @@ class VerifyCall(NamedTuple):
 def verify_ahead(
     calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int]
 ) -> list[Verdict | VerifierUnavailable]:
-    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead."""
+    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead.
+
+    All that is drafted ahead shares its forward passes, the branches of one request too.
+    """
     futures = [session.submit(committed, block, bonus=bonus) for session, committed, block, bonus in calls]
     while waiting := [index for index, future in enumerate(futures) if not future.done()]:
-        able = [
-            drafters[index]
-            for index in waiting
-            if len(drafters[index].buffer) < rooms[index] and drafters[index].goes_on(calls[index].block)
-        ]
+        able = [line for index in waiting for line in drafters[index].lines(rooms[index], calls[index].block)]
         if able:
             draft_ahead(able)
         else:
