@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
-from ugsd_fast.errors import ModelError
+from ugsd_fast.errors import ModelError, attempt
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
 
@@ -64,8 +65,8 @@ class Drafter:
     """Drafts the continuation of one request.
 
     The steps of a block follow each other without a look at their results: tokens, entropies and the gate's decision
-    come to the host together, in one read a block (``adaptive="entropy"`` looks at each token's entropy, too, and so
-    does `on_escalation`, until it is called).
+    come to the host together, in one read a block (`stops` looks at each token's entropy, too, and so does
+    `on_escalation`, until it is called).
 
     Parameters
     ----------
@@ -109,6 +110,7 @@ class Drafter:
         self._ends = eos_token_ids
         self._final = 0
         self.processed = processed
+        self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
         self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
         self._device = device
@@ -119,16 +121,22 @@ class Drafter:
         return self.sequence.forwards
 
     def draft(self, length: int) -> DraftBlock:
-        """Draft `length` tokens, K, in as many forward passes; ``adaptive="entropy"`` may stop before.
+        """Draft `length` tokens, K, in as many forward passes; `stops` may end the block before.
 
         Tokens that were drafted ahead come first.
         """
         if not self.buffer:
-            return draft_blocks([self], [length])[0]
+            block = draft_blocks([self], [length])[0]
+            if isinstance(block, Exception):
+                raise block
+            return block
         count = 1
         while count < length and not self._ended(self.buffer[count - 1]) and not self._stopped(count):
             if count == len(self.buffer):
-                draft_ahead(self.lines(length))
+                lines = self.lines(length)
+                for line, error in zip(lines, draft_ahead(lines), strict=True):
+                    if error is not None:
+                        self.give_up(line, error)
             count += 1
         steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
@@ -140,6 +148,10 @@ class Drafter:
         self.drafted = len(block)
         self._drop(len(block))
         return block
+
+    def check_room(self, length: int) -> None:
+        """Raise `ModelError` unless a block of `length` tokens can be drafted."""
+        self.sequence.check_room(self.pending.shape[1] + length - 1)
 
     def lines(self, room: int, block: DraftBlock | None = None) -> list[Drafter]:
         """Who can draft a token more, up to `room` behind `block` (in flight): this drafter, and its forks.
@@ -161,6 +173,13 @@ class Drafter:
     def ahead(self) -> int:
         """Tokens drafted ahead."""
         return sum(len(line.buffer) for line in self._tree())
+
+    def give_up(self, line: Drafter, error: Exception) -> None:
+        """Drop a fork that cannot go on; raise the error of this drafter itself."""
+        if line is self:
+            raise error
+        for one in self._tree():
+            one._forks = {verdict: fork for verdict, fork in one._forks.items() if fork is not line}
 
     def wasted(self, num_accepted: int, next_token: int) -> int:
         """How many tokens drafted ahead `commit` would throw away."""
@@ -247,8 +266,7 @@ class Drafter:
         return num_accepted == self.drafted and guessed
 
     def _stopped(self, count: int) -> bool:
-        uncertain = self.config.adaptive == "entropy" and count >= self.config.min_block
-        return uncertain and any(step.escalate for step in self.buffer[:count])
+        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]])
 
     def _ended(self, block: DraftBlock) -> bool:
         return bool(len(block)) and block.token_ids[-1] in self._ends
@@ -269,7 +287,7 @@ class Drafter:
 
 
 @torch.inference_mode()
-def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock]:
+def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock | Exception]:
     """Draft a block for each of several requests, step by step together: one forward pass a step for all of them.
 
     Parameters
@@ -278,15 +296,26 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         Of one edge model and one config, but for the seed.
     lengths : sequence of int
         Tokens to draft for each, at least 1. A request whose block is complete leaves the later steps.
+
+    Returns
+    -------
+    list of DraftBlock or Exception
+        The error of a request that has no room for its block, or whose logits have no finite value.
     """
+    least = [one.config.min_block if one.stops else length for one, length in zip(drafters, lengths, strict=True)]
+    roomy = [attempt(one.check_room, min(pair)) for one, *pair in zip(drafters, lengths, least, strict=True)]
+    if any(roomy):
+        able = [row for row, error in enumerate(roomy) if error is None]
+        blocks = iter(draft_blocks([drafters[row] for row in able], [lengths[row] for row in able]) if able else [])
+        return [next(blocks) if error is None else error for error in roomy]
     config, device = drafters[0].config, drafters[0].pending.device
-    stop = config.entropy_threshold if config.adaptive == "entropy" else None
+    watched = any(drafter.stops for drafter in drafters)
     rows, width = len(drafters), max(lengths)
     lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
     tokens: list[Tensor] = []
     entropies: list[Tensor] = []
-    uncertain: set[int] = set()
+    seen: list[list[float]] = [[] for _ in drafters]  # entropies, of rows that look at them
     logits: list[list[Tensor]] = [[] for _ in drafters]
     rivals: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
@@ -310,16 +339,18 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         if config.branches > 1:
             for row, best in zip(active, z.topk(min(RUNNERS_UP + 1, z.shape[-1])).indices.split(1), strict=True):
                 rivals[row].append(best)
+        if watched and step + 1 < width:
+            for row, nats in zip(active, entropy.tolist(), strict=True):
+                seen[row].append(nats)
+                stops = drafters[row].stops
+                if stops is not None and stops(seen[row]):
+                    lengths[row] = step + 1
         if len(active) < rows:
             where = torch.tensor(active, device=device)
             token = token.new_zeros(rows).index_copy_(0, where, token)
             entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
         tokens.append(token)
         entropies.append(entropy)
-        if stop is not None:
-            uncertain |= {row for row, nats in enumerate(entropy.tolist()) if nats > stop}
-            if step + 1 >= config.min_block:
-                lengths = [min(n, step + 1) if row in uncertain else n for row, n in enumerate(lengths)]
         active = [row for row in active if lengths[row] > step + 1]
         if not active:
             break
@@ -330,7 +361,8 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
     records = gate(drafted, entropy, config, drafters[0].eos, ends).tolist()
     return [
-        block_of(
+        attempt(
+            block_of,
             record,
             drafted[row : row + 1, :length],
             torch.stack(logits[row], 1) if logits[row] else None,
@@ -358,13 +390,18 @@ def _foretell(drafters: Sequence[Drafter], tokens: list[Tensor], entropies: list
             tell()
 
 
-def draft_ahead(drafters: Sequence[Drafter]) -> None:
-    """Draft one token more for each request, behind its block in flight and what was drafted ahead before."""
+def draft_ahead(drafters: Sequence[Drafter]) -> list[Exception | None]:
+    """Draft one token more for each request, behind its block in flight and what was drafted ahead before.
+
+    Returns the errors of those that cannot.
+    """
     lengths = [drafter.drafted for drafter in drafters]
     steps = draft_blocks(drafters, [1] * len(drafters))
     for drafter, length, step in zip(drafters, lengths, steps, strict=True):
         drafter.drafted = length
-        drafter.buffer.append(step)
+        if not isinstance(step, Exception):
+            drafter.buffer.append(step)
+    return [step if isinstance(step, Exception) else None for step in steps]
 
 
 def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     """One forward of sequences that have one `CachedSequence.pack_key`."""
     first = sequences[0]
     model = first.model
-    prompts = [sequence.take_prompt() for sequence in sequences]
+    prompts = [sequence.prompt_inputs() for sequence in sequences]
     begin = [prompt.pop("input_ids", new[:, :0]) for prompt, new in zip(prompts, tokens, strict=True)]
     parts = [torch.cat(part, 1) for part in zip(begin, tokens, strict=True)]
     counts = [part.shape[1] for part in parts]

@@ -22,7 +22,7 @@ from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import DraftBlock
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import VerifyCall
-from ugsd_fast.errors import VerifierRefused, VerifierUnavailable
+from ugsd_fast.errors import VerifierRefused, VerifierUnavailable, attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.serving import protocol
 from ugsd_fast.serving.client import ClientSession, Endpoint, Patience
@@ -198,16 +198,10 @@ class RemoteVerifier:
             self._level(self._endpoint.model)
         return RemoteSession(self, config, None if audio is None else load_audio(audio), prompt)
 
-    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
-        """Verdicts of several sessions, asked for at the same time."""
+    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | Exception]:
+        """Verdicts of several sessions, asked for at the same time; one that cannot be had is an exception."""
         futures = [call.session.submit(call.committed, call.block, bonus=call.bonus) for call in calls]
-        verdicts: list[Verdict | VerifierUnavailable] = []
-        for future in futures:
-            try:
-                verdicts.append(future.result())
-            except VerifierUnavailable as error:
-                verdicts.append(error)
-        return verdicts
+        return [attempt(future.result) for future in futures]
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Run a coroutine on the background thread."""
