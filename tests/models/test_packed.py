@@ -104,6 +104,30 @@ def test_padded_audio_of_an_encoder_decoder_takes_forwards_of_its_own() -> None:
     assert AudioLM(tiny.model).open(inputs).pack_key(new) is None
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fork_and_its_origin_go_on_apart(family: str) -> None:
+    """Rolled back and continued in turn, in forwards that both share, each is as if there were no other."""
+    tiny = build(family)
+    audio_lm = AudioLM(tiny.model)
+    inputs = tiny.inputs(0)
+    if family == "moonshine":
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    origin, alone, other = (audio_lm.open(dict(inputs)) for _ in range(3))
+    begun = torch.randint(3, 60, (1, 5), generator=torch.Generator().manual_seed(0))
+    for sequence in (origin, alone, other):
+        sequence.forward(begun, keep=1)
+    fork = origin.fork()
+    for turn, rejected in enumerate((2, 0, 1)):
+        fork.rollback(rejected)
+        other.rollback(rejected)
+        new = [torch.tensor([[7 + turn, 11]]), torch.tensor([[30 + turn, 5, 9]])]
+        got = forward_packed([origin, fork], new, [2, 3])
+        want = torch.cat([alone.forward(new[0])[0], other.forward(new[1])[0]])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert (origin.length, fork.length) == (alone.length, other.length)
+    assert (origin.forwards, fork.forwards) == (4, 4)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [None, 4], ids=["full", "window 4"])
 def test_both_attentions_with_and_without_a_window(attention: str, window: int | None) -> None:

@@ -172,7 +172,7 @@ class Request:
         last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
         wasted = 0
         if isinstance(self.drafter, Drafter):
-            wasted = len(self.drafter.buffer) if last else self.drafter.wasted(num_accepted, next_token)
+            wasted = self.drafter.ahead if last else self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,

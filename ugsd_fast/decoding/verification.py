@@ -25,20 +25,21 @@ class VerifyCall(NamedTuple):
 def verify_ahead(
     calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int]
 ) -> list[Verdict | Exception]:
-    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead."""
+    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead.
+
+    All that is drafted ahead shares its forward passes, the branches of one request too.
+    """
     futures: list[Future[Verdict]] = [
         session.submit(committed, block, bonus=bonus) for session, committed, block, bonus in calls
     ]
     failed: dict[int, Exception] = {}
     while waiting := [index for index, future in enumerate(futures) if index not in failed and not future.done()]:
-        able = [
-            index
-            for index in waiting
-            if len(drafters[index].buffer) < rooms[index] and drafters[index].goes_on(calls[index].block)
-        ]
+        able = [(index, line) for index in waiting for line in drafters[index].lines(rooms[index], calls[index].block)]
         if able:
-            errors = draft_ahead([drafters[index] for index in able])
-            failed |= {index: error for index, error in zip(able, errors, strict=True) if error is not None}
+            for (index, line), error in zip(able, draft_ahead([line for _, line in able]), strict=True):
+                given_up = None if error is None else attempt(drafters[index].give_up, line, error)
+                if given_up is not None:
+                    failed[index] = given_up
         else:
             wait([futures[index] for index in waiting])
     return [failed[index] if index in failed else attempt(future.result) for index, future in enumerate(futures)]

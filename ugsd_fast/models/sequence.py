@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -115,6 +116,13 @@ class CachedSequence:
             ).logits
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
+
+    @torch.inference_mode()
+    def fork(self) -> CachedSequence:
+        """A sequence of the same tokens, which goes on with keys and values of its own; not before the prompt."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
 
     def rollback(self, rejected: int) -> None:
         """Forget the newest `rejected` tokens, in place."""
