@@ -121,6 +121,13 @@ class TestCaption:
         assert result.exit_code == 0
         assert [line.split("\t")[0] for line in result.stdout.rstrip("\n").split("\n")] == [str(c) for c in clips]
 
+    @pytest.mark.parametrize("batch", [2, 3, 9])
+    def test_captions_do_not_depend_on_the_batch(self, batch: int, run: Run, clips_folder: Path) -> None:
+        clips = sorted(clips_folder.glob("*.flac"))
+        assert run("caption", *clips, "--batch", batch).stdout == run("caption", *clips).stdout
+        one, several = (run("caption", clips[0], *options).stdout for options in ((), ("--batch", batch)))
+        assert one == several
+
     def test_dash_reads_a_wav_from_standard_input(self, run: Run, clip: Path) -> None:
         buffer = io.BytesIO()
         soundfile.write(buffer, *soundfile.read(clip), format="WAV")
@@ -171,6 +178,8 @@ class TestCaption:
         assert json.loads(plain.stdout)["text"].split()[0] in shown.stdout
         assert "12 tokens in " in shown.stdout
         assert "escalated" in run("caption", clip, "--threshold", 0).stdout
+        together = run("caption", clip, clip, "--batch", 2).stdout
+        assert together.count("12 tokens in ") == together.count(str(clip)) == 2
 
 
 class TestFamilies:
@@ -278,6 +287,39 @@ class TestBadAudio:
         assert [json.loads(line)["file"] for line in result.stdout.splitlines()] == [str(first), str(second)]
         assert result.stderr.count("error: ") == 2
 
+    @pytest.mark.parametrize("batch", [1, 2, 5])
+    def test_files_captioned_together_fail_each_for_itself(
+        self, batch: int, run: Run, clips_folder: Path, bad: dict[str, Path]
+    ) -> None:
+        first, second = sorted(clips_folder.glob("*.flac"))[:2]
+        files = (bad["silent"], first, bad["long"], second, bad["missing"])
+        result = run("caption", *files, "--batch", batch)
+        assert result.exit_code == 1
+        assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [str(first), str(second)]
+        told = [line.removeprefix("error: ") for line in result.stderr.splitlines()]
+        assert [line.startswith(str(bad[name])) for line, name in zip(told, ("silent", "long", "missing"), strict=True)]
+        assert all("expected" in line or "no such file" in line for line in told)
+
+    def test_a_verifier_that_fails_for_one_file(
+        self, run: Run, clips_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clips = sorted(clips_folder.glob("*.flac"))[:3]
+        open_session, opened = LocalVerifier.open, []
+
+        def open_some(self: LocalVerifier, *args: object, **kwargs: object) -> object:
+            opened.append(1)
+            if len(opened) == 2:
+                raise errors.VerifierUnavailable("verifier: no answer")
+            return open_session(self, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(LocalVerifier, "open", open_some)
+        for batch in (1, 3):
+            opened.clear()
+            result = run("caption", *clips, "--batch", batch)
+            assert result.exit_code == 1
+            assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [str(clips[0]), str(clips[2])]
+            assert one_line(result) == f"{clips[1]}: verifier: no answer"
+
     def test_nothing_on_standard_input(self, run: Run) -> None:
         result = run("caption", "-", stdin=b"")
         assert result.exit_code == 3
@@ -351,6 +393,8 @@ class TestBadModels:
         (("caption", "x.wav", "--only", "edge", "--verifier", "a"), "no meaning"),
         (("caption", "x.wav", "--only", "verifier", "--draft", "a"), "no meaning"),
         (("caption", "-", "-"), "more than once"),
+        (("caption", "x.wav", "--batch", "0"), "--batch"),
+        (("caption", "x.wav", "--batch", "2", "--report", "out.html"), "--batch has no meaning with --report"),
         (("caption", "x.wav", "--unknown"), "No such option"),
         (("demo", "--clips", "0"), "--clips"),
         (("nonsense",), "No such command"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ugsd_fast.errors import AudioError, UGSDError
+from ugsd_fast.errors import AudioError, UGSDError, attempt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,6 +163,9 @@ def caption(
     ] = False,
     temperature: Annotated[float | None, _decode("0 is greedy.", min=0)] = None,
     seed: Annotated[int | None, _decode("Of the sampling.", min=0)] = None,
+    batch: Annotated[
+        int, _decode("Files captioned together: more a second, each later; draws go by the place.", min=1)
+    ] = 1,
     token: Annotated[str | None, _network("Bearer token of a remote verifier.", envvar="UGSD_TOKEN")] = None,
     uplink: Annotated[
         Uplink | None, _network("Most that may leave this device of the audio; by default the verifier's least.")
@@ -203,12 +206,15 @@ def caption(
     if not choice.remote and (uplink or ca):
         _fail(f"--{'uplink' if uplink else 'ca'} has no meaning without --verifier wss://…", USAGE)
     if report is not None:
+        if batch > 1:
+            _fail("--batch has no meaning with --report, which compares files one by one", USAGE)
         _check_writable(report)
     job = _CaptionJob(
         choice,
         {name: value for name, value in chosen.items() if value is not None},
         prompt,
         max_new_tokens,
+        batch=batch,
         as_json=as_json,
         report=report,
     )
@@ -456,7 +462,7 @@ def _is_url(verifier: str | None) -> bool:
 
 
 class _CaptionJob:
-    """Captions files one by one; what is wrong with one of them does not touch the others."""
+    """Captions files, some at a time; what is wrong with one of them does not touch the others."""
 
     def __init__(
         self,
@@ -465,10 +471,12 @@ class _CaptionJob:
         prompt: str | None,
         max_new_tokens: int | None,
         *,
+        batch: int,
         as_json: bool,
         report: Path | None,
     ):
         self._choice, self._chosen = choice, chosen
+        self._batch = batch
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
         self._as_json, self._report = as_json, report
         self._console = _console()
@@ -482,30 +490,48 @@ class _CaptionJob:
         """Caption all files; the exit code."""
         self._alone = len(files) == 1
         with _progress(files, self._console) as advance:
-            for file in files:
-                advance(file)
-                self._codes.append(self._attempt(file))
+            for start in range(0, len(files), self._batch):
+                advance(start)
+                group = files[start : start + self._batch]
+                self._codes += map(self._deliver, group, self._attempt(group))
         if self._comparer is not None and self._report is not None and OK in self._codes:
             self._comparer.comparison.failures = self._failures
             _write_report(self._report, self._comparer.comparison, "Speech emotion captions")
         return self._codes[0] if len(set(self._codes)) == 1 else SOME_FAILED
 
-    def _attempt(self, file: str) -> int:
+    def _attempt(self, files: Sequence[str]) -> list[Result | Exception]:
+        """Captions of files that are decoded together; an exception for one that cannot be captioned."""
         from ugsd_fast.audio import load_audio
 
-        try:
-            audio = load_audio(file)
-            result = self._caption(self._ready(), file, audio)
-        except (UGSDError, MemoryError, RuntimeError) as error:
-            message, code = _explain(error)
+        outcomes: dict[int, Any] = {index: attempt(load_audio, file) for index, file in enumerate(files)}
+        read = {index: audio for index, audio in outcomes.items() if not isinstance(audio, Exception)}
+        if read:
+            decoder = self._ready()
+            if self._batch == 1:
+                captions = [attempt(self._caption, decoder, files[index], audio) for index, audio in read.items()]
+            else:
+                settings = {**self._request, "max_batch_size": self._batch, "return_exceptions": True}
+                captions = decoder.generate(list(read.values()), **settings)
+            outcomes |= zip(read, captions, strict=True)
+        return list(outcomes.values())
+
+    def _deliver(self, file: str, outcome: Result | Exception) -> int:
+        """Print a caption, or why there is none; the exit code."""
+        if isinstance(outcome, Exception):
+            message, code = _explain(outcome)
             self._failures[file] = message if file in message else f"{file}: {message}"
             _complain(self._failures[file])
             return code
         if self._as_json:
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-            print(json.dumps({"file": file, **result.to_dict()}, ensure_ascii=plain), flush=True)
+            print(json.dumps({"file": file, **outcome.to_dict()}, ensure_ascii=plain), flush=True)
         elif not self._console.is_terminal:
-            print(result.text if self._alone else f"{file}\t{result.text}", flush=True)
+            print(outcome.text if self._alone else f"{file}\t{outcome.text}", flush=True)
+        elif self._batch > 1:
+            from rich.text import Text
+
+            self._console.print(Text(file, style="bold"), Text(outcome.text), sep="\n")
+            self._console.print(Text(_summary_line(outcome), style="dim"))
         return OK
 
     def _ready(self) -> Decoder:
@@ -676,14 +702,14 @@ def _status(doing: str, *, shown: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(files: Sequence[str], output: Console) -> Iterator[Callable[[str], None]]:
-    """A bar over several files, if anybody looks at standard error; yields what is told of each new file.
+def _progress(files: Sequence[str], output: Console) -> Iterator[Callable[[int], None]]:
+    """A bar over several files, if anybody looks at standard error; yields what is told how many are done.
 
     Where both streams are the terminal, the bar is drawn by the console of the captions, below them. Otherwise nothing
     but the bar may go to standard error: rich would by default lead standard output there, too.
     """
     if len(files) == 1 or not _stderr().is_terminal:
-        yield lambda file: None
+        yield lambda done: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -705,8 +731,7 @@ def _progress(files: Sequence[str], output: Console) -> Iterator[Callable[[str],
         _messages_through(console),
     ):
         task = progress.add_task("", total=len(files), file="")
-        done = iter(range(len(files)))
-        yield lambda file: progress.update(task, completed=next(done), file=file)
+        yield lambda done: progress.update(task, completed=done, file=files[done])
 
 
 def _complain(message: str) -> None:

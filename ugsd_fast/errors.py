@@ -6,6 +6,12 @@ does not know this library still catches them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class UGSDError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -29,3 +35,11 @@ class VerifierUnavailable(UGSDError, RuntimeError):
 
 class VerifierRefused(UGSDError, ValueError):
     """The verifier cannot be used as asked: token, uplink level, limits or protocol; trying again is of no use."""
+
+
+def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Exception:
+    """What a call returns, or the exception that it raises: one of several requests that goes wrong is no other's."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        return error

@@ -42,8 +42,7 @@ from ugsd_fast.serving.link import Link as Connection
 EDGE, CLOUD_ONLY, FIXED, FIXED_AHEAD = "edge only", "cloud only", "fixed blocks", "fixed blocks + ahead"
 UGSD, AHEAD = "UGSD", "UGSD + ahead"
 STRONG = "30B on the device"
-MAX_AHEAD = 15
-THRESHOLD = 0.8  # nats; the pair's own 0.6 sends a quarter of the blocks
+MAX_AHEAD, BRANCHES = 15, 8
 BASE = Conditions(rtt=50, loss=0, rate=10)
 GRID = [
     *(replace(BASE, rtt=rtt) for rtt in (20.0, 50.0, 100.0, 200.0)),
@@ -87,14 +86,14 @@ class Bench:
         """The methods."""
         draft, remote = self.pair.draft, self.verifier
         greedy = UGSDConfig(rule="greedy", block_size=5, always_escalate=True)
-        gated = replace(self.pair.config, entropy_threshold=THRESHOLD)
+        gated = replace(self.pair.config, adaptive="entropy", max_block=5)  # ends at the first uncertain token
         return {
             EDGE: Decoder(draft, None, gated),
             CLOUD_ONLY: Decoder(None, remote, greedy),
             FIXED: Decoder(draft, remote, greedy),
             FIXED_AHEAD: Decoder(draft, remote, replace(greedy, ahead=MAX_AHEAD)),
             UGSD: Decoder(draft, remote, gated),
-            AHEAD: Decoder(draft, remote, replace(gated, ahead=MAX_AHEAD)),
+            AHEAD: Decoder(draft, remote, replace(gated, ahead=MAX_AHEAD, branches=BRANCHES)),
         }
 
     def caption(self, decoder: Decoder, clip: Path, *, cold: bool = False) -> Row:
@@ -315,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part and options.json is not None and options.json.exists():
         report = json.loads(options.json.read_text(encoding="utf-8"))
     report |= {"schema": SCHEMA, "date": now(), "machine": machine(), "quick": options.quick}
-    report["settings"] = {"threshold": THRESHOLD, "ahead": MAX_AHEAD, "block_size": 5, "clips": options.clips}
+    report["settings"] = {"ahead": MAX_AHEAD, "branches": BRANCHES, "block_size": 5, "clips": options.clips}
     own = constants.dispatch(1, layers=1) if options.quick else constants.dispatch()
     servers = {constants.TRANSFORMERS: own, **constants.SERVERS}
     none = Pace(0.0, 0.0, 0.0, "as fast as it is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,27 @@ def test_rolled_back_rows_equal_fresh_forwards(
 ) -> None:
     model = build(family, attention)
     check_against_fresh(model, growing(model), batch=batch, ragged=ragged, padded=padded)
+
+
+@torch.inference_mode()
+def test_a_deep_copy_has_memory_of_its_own() -> None:
+    cache = GrowingCache(capacity=8)
+    states = torch.randn(2, 2, 6, 4)
+    for layer in range(2):
+        cache.update(states[:, :, :5], states[:, :, :5], layer)
+        cache.update(states[:, :, 5:], states[:, :, 5:], layer)  # a step: views of the next ones are made
+    cache.rollback([1, 0])
+    other = copy.deepcopy(cache)
+    assert (other.lengths, other.get_seq_length()) == ([5, 6], 6)
+    other.rollback(2)
+    for layer in range(2):
+        other.update(-states[:, :, :1], -states[:, :, :1], layer)
+    assert (cache.lengths, other.lengths) == ([5, 6], [4, 5])
+    for layer in cache.layers:
+        torch.testing.assert_close(layer.keys[1], states[1], rtol=0, atol=0)
+    for layer in other.layers:
+        torch.testing.assert_close(layer.keys[1, :, :4], states[1, :, :4], rtol=0, atol=0)
+        torch.testing.assert_close(layer.keys[1, :, 4], -states[1, :, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.decoding.test_decoder import NEVER_ENDS, counted_forwards, greedy
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
+from ugsd_fast.decoding.request import Given
 from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.errors import VerifierUnavailable
 
@@ -125,11 +126,12 @@ def test_one_host_read_a_block_and_one_a_verification(rows: int, audio_lm: LoadM
     edge = Decoder(draft, None, UGSDConfig(eos_token_id=NEVER_ENDS))
     gated = Decoder(draft, LocalVerifier(verifier), UGSDConfig(always_escalate=True, eos_token_id=NEVER_ENDS))
     for decoder, reads_a_block in ((edge, 1), (gated, 2)):
-        requests = [decoder._open(clip, None, None, None, TOKENS) for clip in clips_of_speech[:rows]]
+        given = [Given(clip, max_new_tokens=TOKENS, row=row) for row, clip in enumerate(clips_of_speech[:rows])]
+        requests = [decoder._open(one) for one in given]
         with HostReads() as reads:
             seen = []
-            for request, _ in decoder._run(iter(requests), rows):
-                if request is requests[0]:
+            for row, _ in decoder._run(requests, iter(()), rows):
+                if row == 0:
                     seen.append(reads.count)
         assert set(np.diff(seen)) == {reads_a_block}
 
@@ -165,7 +167,7 @@ def test_verify_batch_is_verify_of_each(audio_lm: LoadModel, clips_of_speech: Cl
     model = audio_lm("qwen2_audio")
     verifier, drafter = LocalVerifier(model), Decoder(audio_lm("qwen2_audio", noise=0.05), None)
     config = UGSDConfig(rule="greedy", always_escalate=True)
-    requests = [drafter._open(clip, None, None, None, TOKENS) for clip in clips_of_speech[:3]]
+    requests = [drafter._open(Given(clip, max_new_tokens=TOKENS)) for clip in clips_of_speech[:3]]
     for bonus in (True, False, True):
         blocks = [request.drafter.draft(2 + row) for row, request in enumerate(requests)]  # type: ignore[union-attr]
         committed: list[list[int]] = [[], [5, 6], [7]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from tests.decoding.test_decoder import NEVER_ENDS, greedy
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
-from ugsd_fast.decoding.block_length import block_length
+from ugsd_fast.decoding.block_length import Costs, block_length
 from ugsd_fast.decoding.trace import BlockRecord
 
 LoadModel = Callable[..., AudioLM]
@@ -22,7 +22,7 @@ def block(
     accepted: int,
     *,
     escalated: bool = True,
-    entropy: float = 0.1,
+    entropy: Sequence[float] = (0.1,) * 24,
     draft: float = 0.01,
     verify: float = 0.1,
 ) -> BlockRecord:
@@ -31,11 +31,11 @@ def block(
     return BlockRecord(
         start=0,
         draft_tokens=tokens,
-        entropy=(entropy,) * drafted,
-        uncertainty=entropy,
+        entropy=tuple(entropy[:drafted]),
+        uncertainty=max(entropy[:drafted]),
         escalated=escalated,
         num_accepted=accepted,
-        emitted=tokens[:accepted],
+        emitted=tokens[:accepted] + (0,) * escalated,
         draft_seconds=draft * drafted,
         verify_seconds=verify if escalated else 0.0,
         verified=True,
@@ -61,26 +61,29 @@ def test_aimd_grows_by_one_and_halves_within_its_bounds() -> None:
     assert policy.next() == 3  # nobody judged it
 
 
-def cost_after(*, accepted: float, draft: float, verify: float, always: bool = True, uncertain: float = 0.0) -> int:
-    """Length that ``cost`` settles on for given rates and seconds."""
+def drafted(policy: Any, entropies: Sequence[float]) -> int:
+    """Length of the block that a drafter with these entropies makes."""
+    for length in range(1, policy.next()):
+        if policy.stops is not None and policy.stops(entropies[:length]):
+            return length
+    return int(policy.next())
+
+
+def cost_after(
+    *, accepted: float, draft: float, verify: float, always: bool = True, uncertain: float = 0.0, watches: bool = True
+) -> int:
+    """Length that ``cost`` settles on for given rates and seconds, of a block without an uncertain token."""
     config = UGSDConfig(adaptive="cost", always_escalate=always, rule="greedy", max_block=24, entropy_threshold=1.0)
-    policy = block_length(config)
+    policy = block_length(config, watches=watches)
     rng = np.random.default_rng(0)
     for _ in range(200):
-        length = policy.next()
+        entropies = np.where(rng.random(24) < uncertain, 2.0, 0.1).tolist()
+        length = drafted(policy, entropies)
         fails = np.flatnonzero(rng.random(length) >= accepted)
-        escalated = always or bool((rng.random(length) < uncertain).any())
-        policy.observe(
-            block(
-                length,
-                int(fails[0]) if len(fails) else length,
-                escalated=escalated,
-                entropy=2.0 if rng.random() < uncertain else 0.1,
-                draft=draft,
-                verify=verify,
-            )
-        )
-    return policy.next()
+        escalated = always or max(entropies[:length]) > 1.0
+        kept = int(fails[0]) if len(fails) and escalated else length
+        policy.observe(block(length, kept, escalated=escalated, entropy=entropies, draft=draft, verify=verify))
+    return drafted(policy, [0.1] * 24)
 
 
 def best_length(accept: float, draft: float, verify: float) -> int:
@@ -93,9 +96,11 @@ def best_length(accept: float, draft: float, verify: float) -> int:
     return max(range(1, 25), key=rate)
 
 
+@pytest.mark.parametrize("watches", [True, False])
 @pytest.mark.parametrize(("accept", "draft", "verify"), [(0.8, 0.01, 0.1), (0.5, 0.01, 0.02), (0.95, 0.005, 0.3)])
-def test_cost_finds_the_best_rate(accept: float, draft: float, verify: float) -> None:
-    found, best = cost_after(accepted=accept, draft=draft, verify=verify), best_length(accept, draft, verify)
+def test_cost_finds_the_best_rate(accept: float, draft: float, verify: float, watches: bool) -> None:
+    found = cost_after(accepted=accept, draft=draft, verify=verify, watches=watches)
+    best = best_length(accept, draft, verify)
     assert abs(found - best) <= max(2, 0.25 * best)
 
 
@@ -103,6 +108,49 @@ def test_cost_drafts_longer_over_a_slow_network_and_shorter_when_rejected() -> N
     near, far = (cost_after(accepted=0.85, draft=0.01, verify=seconds) for seconds in (0.02, 0.4))
     assert near < far
     assert cost_after(accepted=0.3, draft=0.01, verify=0.1) < cost_after(accepted=0.9, draft=0.01, verify=0.1)
+
+
+def test_cost_ends_a_block_behind_tokens_that_are_seldom_accepted() -> None:
+    policy = block_length(UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy", max_block=24))
+    certain, doubted = [0.1] * 24, [0.1, 0.1, 2.5, 0.1, 0.1, 0.1, 0.1, 0.1]
+    for _ in range(50):
+        policy.observe(block(8, 8, entropy=certain))
+        policy.observe(block(8, 2, entropy=doubted))
+    assert drafted(policy, [0.1] * 24) > 8
+    assert drafted(policy, [0.1] * 5 + [2.5] + [0.1] * 18) == 6
+
+
+@pytest.mark.parametrize(("ahead", "verify", "length"), [(0, 0.02, 3), (0, 1.0, 24), (8, 1.0, 3)])
+def test_cost_behind_a_gate_ends_at_an_uncertain_token_unless_verdicts_are_dear(
+    ahead: int, verify: float, length: int
+) -> None:
+    policy = block_length(UGSDConfig(adaptive="cost", rule="greedy", max_block=24, entropy_threshold=1.0, ahead=ahead))
+    uncertain = [0.1, 0.1, 2.5] + [0.1] * 21
+    for _ in range(50):
+        policy.observe(block(8, 8, entropy=uncertain, verify=verify))
+        policy.observe(block(8, 2, entropy=uncertain, verify=verify))
+    assert drafted(policy, [0.1] * 24) == 24  # nobody is asked, so the length costs nothing
+    assert drafted(policy, uncertain) == length
+
+
+def test_what_one_request_teaches_serves_the_next() -> None:
+    config = UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy", max_block=24)
+    costs = Costs()
+    first = block_length(config, costs)
+    assert first.next() == config.block_size  # nothing was timed
+    for _ in range(3):
+        first.observe(block(5, 5))
+    assert block_length(config, costs).next() == 24
+    assert block_length(config, Costs()).next() == config.block_size
+
+
+def test_a_prompts_time_is_not_taken_for_a_tokens() -> None:
+    costs = Costs()
+    for _ in range(3):
+        policy = block_length(UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy"), costs)
+        policy.observe(block(5, 5, draft=9.0, verify=9.0))
+        policy.observe(block(5, 5, draft=0.01, verify=0.1))
+    assert (costs.draft_seconds, costs.verify_seconds) == pytest.approx((0.01, 0.1))
 
 
 @pytest.mark.parametrize("adaptive", ["entropy", "aimd", "cost"])

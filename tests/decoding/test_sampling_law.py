@@ -36,6 +36,9 @@ class TableSequence:
     def pack_key(self, tokens: Tensor) -> None:
         """Each request by itself."""
 
+    def check_room(self, count: int) -> None:
+        """There is always room."""
+
     def forward(self, tokens: Tensor, *, keep: int) -> Tensor:
         self._tokens += tokens[0].tolist()
         self.length = len(self._tokens)

@@ -59,6 +59,9 @@ class Writer:
     def pack_key(self, tokens: Tensor) -> None:
         return None
 
+    def check_room(self, count: int) -> None:
+        """There is always some."""
+
     def __init__(self, kind: str, text: str, seed: int = 0, *, end: bool = False, longest: bool = False):
         self.kind, self.text, self.seed, self.longest = kind, text.encode(), seed, longest
         self.end = tokenizers.build(kind).eos_token_id if end else None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.serving.fakes import FAULTS, GREEDY, FakeDrafter, Net, block, greedy, next_token
+from tests.serving.fakes import FAULTS, GREEDY, IMPATIENT, FakeDrafter, Net, block, greedy, next_token
 from ugsd_fast.errors import VerifierUnavailable
 
 LENGTH = 24
@@ -23,6 +27,7 @@ class FaultSchedule(RuleBasedStateMachine):
         self.verifier = self.net.verifier()
         self.prompt = f"prompt {seed}"
         self.session = self.verifier.open(GREEDY, prompt=self.prompt)
+        self.untouched = True
         self.drafter = FakeDrafter(self.prompt, seed=seed)
         self.unseen: list[int] = []
 
@@ -48,6 +53,13 @@ class FaultSchedule(RuleBasedStateMachine):
     def cut(self) -> None:
         self.on_loop(self.net.cut)
 
+    @rule()
+    def begin_early(self) -> None:
+        """It is certain that a block will be escalated; called once, as the decoder does."""
+        if self.untouched:
+            self.session.begin()
+        self.untouched = False
+
     @rule(length=st.integers(1, 5), bonus=st.booleans(), locally=st.booleans())
     def caption(self, length: int, bonus: bool, locally: bool) -> None:
         """Draft a block and have it judged, or, if all of it is right, keep it without the verifier."""
@@ -59,6 +71,7 @@ class FaultSchedule(RuleBasedStateMachine):
             self.drafter.tokens += drafted
             self.unseen += drafted
             return
+        self.untouched = False
         verdict = None
         while verdict is None:  # on_verifier_failure="wait"
             try:
@@ -76,6 +89,7 @@ class FaultSchedule(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4))
     def write_alone(self, count: int) -> None:
         """The verifier writes tokens itself, streamed."""
+        self.untouched = False
         for _ in range(count):
             try:
                 verdict = self.session.verify(self.unseen, block([]), bonus=True)
@@ -123,6 +137,78 @@ TestFaultSchedules.settings = settings(
 @pytest.fixture
 def net() -> Net:
     return Net()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_on_a_session_that_begins_early(fault: str, net: Net) -> None:
+    right = greedy("p", 9)
+    with net.verifier() as verifier:
+        net.faults = [fault]
+        session = verifier.open(GREEDY, prompt="p")
+        session.begin()
+        session.begin()
+        time.sleep(0.005)
+        tokens: list[int] = []
+        while len(tokens) < 9:
+            block_end = len(tokens) + 2
+            verdict = session.verify([], block(right[len(tokens) : block_end]), bonus=True)
+            tokens += [*right[len(tokens) : block_end], verdict.next_token]
+        assert net.happened == [fault]
+        assert tokens == right
+        assert session.forwards == 3
+
+
+def test_what_begins_early_is_opened_once_and_closed(net: Net) -> None:
+    """The block waits for a session that is on its way; one that no block comes to does not stay at the server."""
+    with net.verifier() as verifier:
+        hub = net.hubs[0]
+        session = verifier.open(GREEDY, prompt="p")
+        session.begin()
+        assert session.verify([], block(greedy("p", 2)), bonus=False).num_accepted == 2
+        assert hub.metrics.frames.labels("Open")._value.get() == 1
+        assert len(net.links) == 1
+        session.close()
+        idle = verifier.open(GREEDY, prompt="q")
+        idle.begin()
+        wait_for(lambda: hub.metrics.frames.labels("Open")._value.get() == 2)
+        idle.close()
+        wait_for(lambda: not hub.sessions)
+        assert idle.traffic.ledger["prompt"] == 1
+        assert idle.forwards == 0
+
+
+def test_nothing_begins_where_the_verifier_is_not_asked(net: Net) -> None:
+    """A tripped circuit breaker, and a session that was closed: not a byte."""
+    with net.verifier(patience=replace(IMPATIENT, failures=1, pause=60.0, deadline=0.05)) as verifier:
+        net.up[0] = False
+        with pytest.raises(VerifierUnavailable, match="no verdict within"):
+            verifier.open(GREEDY, prompt="p").verify([], block([1]), bonus=False)
+        net.up[0] = True
+        resting, closed = (verifier.open(GREEDY, prompt="p") for _ in range(2))
+        resting.begin()
+        closed.close()
+        closed.begin()
+        time.sleep(0.02)
+        assert resting.traffic.ledger == closed.traffic.ledger == {}
+        assert not net.hubs[0].sessions
+
+
+def test_a_deadline_that_strikes_as_a_try_fails_still_ends_the_wait(net: Net) -> None:
+    """Each try fails at once and the next follows at once, so that deadlines and failures meet."""
+    eager = replace(IMPATIENT, failures=10**6, first_delay=0.0, longest_delay=0.0, deadline=0.002)
+    with net.verifier(patience=eager) as verifier:
+        net.up[0] = False
+        session = verifier.open(GREEDY, prompt="p")
+        for _ in range(300):
+            with pytest.raises(VerifierUnavailable, match="no verdict within"):
+                session.submit([], block([1]), bonus=False).result(timeout=20)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

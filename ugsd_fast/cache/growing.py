@@ -7,6 +7,7 @@ go on at different slots. `ugsd_fast.cache.step_inputs` makes the mask and the p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -52,6 +53,16 @@ class GrowingLayer(DynamicLayer):
         self._min_capacity = capacity
         self._max_rollback = max_rollback
         self.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GrowingLayer:
+        """A layer of the same tokens with memory of its own: two copies of storage, however many views there are."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        if self._storage is not None:
+            other._set_storage(*(storage.clone() for storage in self._storage))
+        if self._lengths is not None:
+            other._lengths = list(self._lengths)
+        return other
 
     def reset(self) -> None:
         """Forget everything and free the memory."""

@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.trace import BlockRecord
 
+# Given the entropies of a block's tokens so far, nats: whether the block ends here.
+Stops = Callable[[Sequence[float]], bool]
+
 
 class BlockLength(Protocol):
-    """Decides the length of each block of one request."""
+    """Decides the length of each block of one request.
+
+    Attributes
+    ----------
+    stops : callable or None
+        Asked behind each draft token that is not the block's last by `next`; None where no entropy ends a block.
+    """
 
     def next(self) -> int:
         """Tokens to draft at most."""
         ...
+
+    stops: Stops | None
 
     def observe(self, block: BlockRecord) -> None:
         """Learn what became of a block."""
         ...
 
 
-def block_length(config: UGSDConfig) -> BlockLength:
-    """Return a new policy for one request."""
+# An uncertainty of a block's tokens so far, as `ops.gate_block` reduces them.
+GATES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "max": max,
+    "mean": lambda entropies: sum(entropies) / len(entropies),
+    "first": lambda entropies: entropies[0],
+}
+
+
+def block_length(config: UGSDConfig, costs: Costs | None = None, *, watches: bool = True) -> BlockLength:
+    """Return a new policy for one request.
+
+    Parameters
+    ----------
+    config : UGSDConfig
+        Its `adaptive` is the policy's name.
+    costs : Costs, optional
+        What earlier requests taught.
+    watches : bool
+        Whether the drafter asks `BlockLength.stops` behind each token.
+    """
     if config.adaptive == "aimd":
         return AdditiveIncrease(config)
     if config.adaptive == "cost":
-        return BestRate(config)
+        return BestRate(config, costs or Costs(), watches=watches)
     return Fixed(config)
 
 
@@ -37,11 +69,15 @@ class Fixed:
     """
 
     def __init__(self, config: UGSDConfig):
-        self._length = config.longest_block
+        self._config = config
+        self.stops: Stops | None = self._stops if config.adaptive == "entropy" else None
 
     def next(self) -> int:
         """Tokens to draft at most."""
-        return self._length
+        return self._config.longest_block
+
+    def _stops(self, entropies: Sequence[float]) -> bool:
+        return len(entropies) >= self._config.min_block and max(entropies) > self._config.entropy_threshold
 
     def observe(self, block: BlockRecord) -> None:
         """Nothing to learn."""
@@ -49,6 +85,8 @@ class Fixed:
 
 class AdditiveIncrease:
     """``aimd``: one token more after a block that the verifier accepted whole, half as many after a rejection."""
+
+    stops: Stops | None = None
 
     def __init__(self, config: UGSDConfig):
         self._shortest, self._longest = config.min_block, config.longest_block
@@ -67,51 +105,122 @@ class AdditiveIncrease:
         self._length = min(max(length, self._shortest), self._longest)
 
 
-class BestRate:
-    """``cost``: the length with the most expected tokens a second, from what was measured so far in this request.
+class Costs:
+    """What drafting and verifying took, and which draft tokens were accepted, over the requests of one decoder.
 
-    A draft token is accepted with probability a, and is uncertain with probability e, both estimated from the tokens
-    seen. A block of K is then escalated with probability P = 1 − (1 − e)^K and takes K·t_draft + P·t_verify; it emits K
-    tokens unescalated, and else the accepted prefix, (a − a^{K+1}) / (1 − a) on average, and one of the verifier's.
-    t_verify is the wait for a verdict: a network's round trip is in it. Lengths follow the clock, so a run with this
-    policy cannot be repeated exactly.
+    Acceptance is told apart by the entropy of the drafter: a token belongs to the first of the classes that ends above
+    it. Each class begins with a prior worth two tokens, e^(−H/2) of them accepted.
     """
 
-    _MEMORY = 0.7  # weight of the past in the running means of seconds
+    _ENDS = (0.05, 0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # nats
+    _MEMORY = 0.8  # weight of the past in the running means
 
-    def __init__(self, config: UGSDConfig):
-        self._lengths = range(config.min_block, config.longest_block + 1)
-        self._start = min(max(config.block_size, config.min_block), config.longest_block)
-        self._always, self._threshold = config.always_escalate, config.entropy_threshold
-        self._draft_seconds = self._verify_seconds = 0.0
-        self._accepted, self._judged = 3.0, 4.0  # a prior worth four tokens
+    def __init__(self) -> None:
+        middles = [0.5 * (low + high) for low, high in zip((0.0, *self._ENDS), (*self._ENDS, 5.0), strict=True)]
+        self._accepted = [2 * math.exp(-0.5 * entropy) for entropy in middles]
+        self._judged = [2.0] * len(middles)
         self._uncertain, self._drafted = 0.5, 4.0
+        self.draft_seconds = 0.0  # a token
+        self.verify_seconds = 0.0  # a verdict, the way there and back included
+        self._tokens = self._seconds = 0.0
 
-    def next(self) -> int:
-        """Tokens to draft."""
-        if not self._verify_seconds or not self._draft_seconds:
-            return self._start
-        return max(self._lengths, key=self._rate)
+    @property
+    def known(self) -> bool:
+        """Whether anything was timed."""
+        return self.draft_seconds > 0 and self.verify_seconds > 0
 
-    def observe(self, block: BlockRecord) -> None:
-        """Take in times and acceptance of a block."""
+    @property
+    def tokens_per_second(self) -> float:
+        """Of blocks that were verified."""
+        return self._tokens / self._seconds
+
+    @property
+    def uncertain(self) -> float:
+        """Share of the draft tokens whose entropy is over the threshold."""
+        return self._uncertain / self._drafted
+
+    def acceptance(self, entropy: float | None = None) -> float:
+        """Share of the judged draft tokens of such an entropy that were accepted; None: of all."""
+        if entropy is None:
+            return sum(self._accepted) / sum(self._judged)
+        index = bisect_right(self._ENDS, entropy)
+        return self._accepted[index] / self._judged[index]
+
+    def observe(self, block: BlockRecord, threshold: float, *, drafts: bool, verdicts: bool) -> None:
+        """Take in a block; its times only where they are those of later blocks, too (no prompt in them)."""
         count = len(block.draft_tokens)
-        if not count:
-            return
-        self._draft_seconds = self._mean(self._draft_seconds, block.draft_seconds / count)
         self._drafted += count
-        self._uncertain += sum(entropy > self._threshold for entropy in block.entropy)
-        if block.checked:
-            self._verify_seconds = self._mean(self._verify_seconds, block.verify_seconds)
-            self._accepted += block.num_accepted
-            self._judged += min(block.num_accepted + 1, count)
+        self._uncertain += sum(entropy > threshold for entropy in block.entropy)
+        if drafts:
+            self.draft_seconds = self._mean(self.draft_seconds, block.draft_seconds / count)
+        if not block.checked:
+            return
+        for index, entropy in enumerate(block.entropy[: block.num_accepted + 1]):
+            at = bisect_right(self._ENDS, entropy)
+            self._judged[at] += 1
+            self._accepted[at] += index < block.num_accepted
+        if verdicts:
+            self.verify_seconds = self._mean(self.verify_seconds, block.verify_seconds)
+            seconds = block.draft_seconds + block.verify_seconds
+            self._tokens = self._MEMORY * self._tokens + len(block.emitted)
+            self._seconds = self._MEMORY * self._seconds + seconds
 
     def _mean(self, mean: float, value: float) -> float:
         return value if not mean else self._MEMORY * mean + (1 - self._MEMORY) * value
 
-    def _rate(self, length: int) -> float:
-        accept = min(self._accepted / self._judged, 0.999)
-        escalated = 1.0 if self._always else 1 - (1 - min(self._uncertain / self._drafted, 1.0)) ** length
+
+class BestRate:
+    """``cost``: drafts on for as long as the next token promises more than it costs, by what was measured so far.
+
+    A drafted block stands whole with probability S, the product of its tokens' acceptance given their entropies. If
+    every block is verified, the next token adds S·a tokens on average and takes t_draft: the best rate R of tokens a
+    second is reached by drafting on while S·a > R·t_draft (the marginal value theorem), and R is what was reached so
+    far. With a gate, a block ends at the first token that has it escalated, unless going on may spare a verdict that
+    is dearer than what is thrown away: S·e·t_verify > (1 − S)·t_draft, e being the share of uncertain tokens. While
+    blocks are drafted ahead, going on costs the wait and ending costs nothing.
+
+    Where tokens are not looked at one by one (a draft graph, models with different tokenizers), the length follows from
+    the mean acceptance. Decisions follow the clock, so a run with this policy cannot be repeated exactly. They depend
+    on distributions and times, never on the drawn token, so lossless rules stay so.
+    """
+
+    def __init__(self, config: UGSDConfig, costs: Costs, *, watches: bool = True):
+        self._config, self._costs = config, costs
+        self.stops: Stops | None = self._stops if watches else None
+        self._start = min(max(config.block_size, config.min_block), config.longest_block)
+        self._drafts = self._verdicts = 0
+
+    def next(self) -> int:
+        """Tokens to draft at most."""
+        if not self._costs.known:
+            return self._start
+        if self.stops:
+            return self._config.longest_block
+        accept = min(self._costs.acceptance(), 0.999)
+        return max(range(self._config.min_block, self._config.longest_block + 1), key=lambda k: self._rate(k, accept))
+
+    def _stops(self, entropies: Sequence[float]) -> bool:
+        costs, config = self._costs, self._config
+        if not costs.known or len(entropies) < config.min_block:
+            return False
+        stands = math.prod(map(costs.acceptance, entropies))
+        if config.always_escalate:
+            return stands * costs.acceptance() <= costs.tokens_per_second * costs.draft_seconds
+        if GATES[config.gate](entropies) <= config.entropy_threshold:
+            return False
+        spared = stands * costs.uncertain * costs.verify_seconds
+        return bool(config.ahead) or spared <= (1 - stands) * costs.draft_seconds
+
+    def observe(self, block: BlockRecord) -> None:
+        """Take in times and acceptance of a block."""
+        if block.draft_tokens:
+            drafts, verdicts = self._drafts > 0, self._verdicts > 0
+            self._drafts += 1
+            self._verdicts += block.checked
+            self._costs.observe(block, self._config.entropy_threshold, drafts=drafts, verdicts=drafts and verdicts)
+
+    def _rate(self, length: int, accept: float) -> float:
+        escalated = 1.0 if self._config.always_escalate else 1 - (1 - min(self._costs.uncertain, 1.0)) ** length
         verified = (accept - accept ** (length + 1)) / (1 - accept) + 1
         tokens = (1 - escalated) * length + escalated * verified
-        return tokens / (length * self._draft_seconds + escalated * self._verify_seconds)
+        return tokens / (length * self._costs.draft_seconds + escalated * self._costs.verify_seconds)

@@ -57,6 +57,10 @@ class UGSDConfig:
         Most tokens drafted while a block is at a verifier behind a network, on the assumption that it stands and is
         followed by the drafter's own next token; thrown away where it is not. 0: none. A verifier in this process
         answers before anything could be drafted.
+    branches : int
+        Most continuations that are drafted ahead together, in the same forward passes: behind the block as drafted
+        and, from 2 on, behind the drafter's next best tokens in the place of the uncertain ones, in the block and
+        ahead. Where the verifier's correction is one of them, nothing of the wait is lost. Greedy drafts only.
     graph : bool
         Draft in a static cache, with a step that runs at fixed addresses: on a GPU it is captured once in a CUDA graph
         and replayed. On other devices the same step runs uncaptured. Batches decode one by one.
@@ -98,6 +102,7 @@ class UGSDConfig:
     min_block: int = 1
     max_block: int | None = None
     ahead: int = 0
+    branches: int = 1
     graph: bool = False
     eos_token_id: int | Sequence[int] | None = None
     on_verifier_failure: OnVerifierFailure = "accept"
@@ -119,6 +124,12 @@ class UGSDConfig:
         for name, kind in kinds.items():
             _require(self, name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         _require(self, "ahead", _is_int(self.ahead) and self.ahead >= 0, "an integer >= 0")
+        _require(self, "branches", _is_int(self.branches) and self.branches >= 1, "an integer >= 1")
+        if self.branches > 1 and not (self.ahead and self.temperature == 0):
+            raise ValueError(
+                f"UGSDConfig: branches={self.branches} with ahead={self.ahead} and temperature={self.temperature}, "
+                "expected ahead >= 1 and temperature 0 (a drawn token is no runner-up of another)"
+            )
         _require(self, "graph", isinstance(self.graph, bool), "True or False")
         if self.ahead and self.graph:
             raise ValueError(f"UGSDConfig: ahead={self.ahead} with graph=True, expected one of them")

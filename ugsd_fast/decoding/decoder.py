@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ugsd_fast.audio import load_audio
+from ugsd_fast.decoding.block_length import Costs
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
 from ugsd_fast.decoding.processors import NO_STEERING, LogitsProcessors, Processed, Steering, Stopping
-from ugsd_fast.decoding.request import Request
+from ugsd_fast.decoding.request import Given, Request, name_rows
 from ugsd_fast.decoding.streaming import Streamer, stream_to
-from ugsd_fast.decoding.trace import StreamEvent
+from ugsd_fast.decoding.trace import Result, StreamEvent
 from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
 from ugsd_fast.decoding.verification import VerifyCall, verify_ahead, verify_calls
-from ugsd_fast.errors import VerifierUnavailable
+from ugsd_fast.errors import VerifierUnavailable, attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable
 
@@ -84,6 +86,7 @@ class Decoder:
         if self.config.graph and draft is not None:
             check_replayable(draft.model, draft.family)
         self._idle_graphs: list[DraftGraph] = []
+        self._costs = Costs()
 
     def generate(
         self,
@@ -97,6 +100,7 @@ class Decoder:
         logits_processor: LogitsProcessors | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         streamer: Streamer | None = None,
+        return_exceptions: bool = False,
     ) -> Any:
         """Caption one input, or each of a list.
 
@@ -126,11 +130,15 @@ class Decoder:
         streamer : transformers.TextStreamer or its like, optional
             Is given the prompt (the verifier's, or the drafter's where there is no verifier in this process), then
             tokens as they become final. For one input only.
+        return_exceptions : bool
+            What becomes of an input of a list that cannot be captioned. False: the first error is raised, with a note
+            that names the row, and the others end with it. True: the error takes the place of its result, as with
+            `asyncio.gather`, and the others go on. One that a forward pass of several requests raises ends all of them.
 
         Returns
         -------
         Result or list of Result
-            A list for a list of inputs.
+            A list for a list of inputs; with ``return_exceptions`` an exception in each place that has no result.
 
         Raises
         ------
@@ -140,6 +148,15 @@ class Decoder:
             If an input cannot be read or prepared.
         VerifierUnavailable
             If the verifier fails under ``on_verifier_failure="raise"``.
+
+        Examples
+        --------
+        >>> from ugsd_fast.demo import clips, load_pair
+        >>> pair = load_pair()
+        >>> decoder = Decoder(pair.draft, pair.verifier, pair.config)
+        >>> captioned, failed = decoder.generate([clips()[0].path, "none.wav"], return_exceptions=True)
+        >>> failed
+        AudioError('none.wav: no such file')
         """
         if max_batch_size < 1:
             raise ValueError(f"Decoder: max_batch_size is {max_batch_size}, expected an integer >= 1")
@@ -148,17 +165,31 @@ class Decoder:
         count = len(lists[0]) if lists else None
         if streamer is not None and lists:
             raise ValueError(f"Decoder: streamer is given with a list of {count}, expected one input")
+        if return_exceptions and not lists:
+            raise ValueError("Decoder: return_exceptions is given with one input, expected a list of them")
         steering = Steering(logits_processor, stopping_criteria, streamer).check(1 if count is None else count)
         columns = [_column(name, value, count) for name, value in given.items()]
         arrivals = (
-            self._open(clip, text, draft_inputs, judge_inputs, max_new_tokens, row, steering, streams=False)
+            Given(clip, text, draft_inputs, judge_inputs, max_new_tokens, steering, row, count, streams=False)
             for row, (clip, text, draft_inputs, judge_inputs) in enumerate(zip(*columns, strict=True))
         )
         if streamer is not None:
-            return stream_to(streamer, (event for _, event in self._run(arrivals, 1)))
+            return stream_to(streamer, (event for event in self._events(next(arrivals)) if event is not None))
         # A draft graph has addresses of its own for one request.
         room = 1 if self.config.graph else max_batch_size
-        results = {request.row: request.result for request, event in self._run(arrivals, room) if event.result}
+        results: dict[int, Result | Exception] = {}
+        with closing(self._run([], arrivals, room)) as outcomes:
+            for row, outcome in outcomes:
+                if not isinstance(outcome, Exception):
+                    if outcome.result is not None:
+                        results[row] = outcome.result
+                elif return_exceptions:
+                    results[row] = outcome
+                else:
+                    raise outcome
+        for result in results.values():
+            if isinstance(result, Exception):
+                traceback.clear_frames(result.__traceback__)  # they hold the caches of every request of that round
         return [results[row] for row in range(len(results))] if lists else results[0]
 
     def stream(
@@ -177,44 +208,88 @@ class Decoder:
         Takes what `generate` takes, but one input only.
         """
         steering = Steering(logits_processor, stopping_criteria).check(1)
-        request = self._open(audio, prompt, inputs, verifier_inputs, max_new_tokens, 0, steering)
-        return (event for _, event in self._run(iter([request]), 1))
+        given = Given(audio, prompt, inputs, verifier_inputs, max_new_tokens, steering)
+        events = self._events(given)
+        next(events)
+        return cast(Iterator[StreamEvent], events)
 
-    def _run(self, arrivals: Iterator[Request], room: int) -> Iterator[tuple[Request, StreamEvent]]:
-        """The loop itself: a block of each of `room` requests at a time; the next takes the place of one that ends."""
-        requests: list[Request] = []
+    def _events(self, given: Given) -> Iterator[StreamEvent | None]:
+        """What happens to one request, whose error is raised; first of all None, once it is open.
+
+        Whoever lets go of the iterator, before its first event even, closes the request.
+        """
+        requests = [self._open(given)]
+        try:
+            yield None
+            for _, outcome in self._run(requests, iter(()), 1):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield outcome
+        finally:
+            for request in list(requests):
+                self._end(request, requests)
+
+    def _run(
+        self, requests: list[Request], arrivals: Iterator[Given], room: int
+    ) -> Generator[tuple[int, StreamEvent | Exception]]:
+        """The loop itself: a block of each of `room` requests at a time; the next takes the place of one that ends.
+
+        Yields what becomes of each row, block by block; an error ends its row and no other.
+        """
         try:
             while True:
-                requests.extend(islice(arrivals, room - len(requests)))
+                while len(requests) < room and (given := next(arrivals, None)) is not None:
+                    opened = attempt(self._open, given)
+                    if isinstance(opened, Exception):
+                        name_rows([given], [opened])
+                        yield given.row, opened
+                    else:
+                        requests.append(opened)
                 if not requests:
                     return
                 clock = time.perf_counter()
-                blocks = self._draft(requests)
+                drafts = self._draft(requests)
                 drafted = time.perf_counter()
+                for request, draft in zip(list(requests), drafts, strict=True):
+                    if isinstance(draft, Exception):
+                        yield request.given.row, draft
+                        self._end(request, requests)
+                blocks = [draft for draft in drafts if not isinstance(draft, Exception)]
                 verdicts = self._verify(requests, blocks)
                 times = {"draft_seconds": drafted - clock, "verify_seconds": time.perf_counter() - drafted}
-                for request, block, verdict in zip(requests, blocks, verdicts, strict=True):
-                    yield request, request.settle(block, verdict, **times)
-                self._release([request for request in requests if request.result])
-                requests = [request for request in requests if not request.result]
+                outcomes = [
+                    attempt(request.settle, block, verdict, **times)
+                    for request, block, verdict in zip(requests, blocks, verdicts, strict=True)
+                ]
+                name_rows([request.given for request in requests], outcomes)
+                for request, outcome in zip(list(requests), outcomes, strict=True):
+                    yield request.given.row, outcome
+                    if isinstance(outcome, Exception) or outcome.result:
+                        self._end(request, requests)
         finally:
-            self._release(requests)
+            for request in list(requests):
+                self._end(request, requests)
 
-    def _draft(self, requests: Sequence[Request]) -> Sequence[DraftBlock]:
-        """A block of every request; those of ordinary drafters step together."""
-        drafters = [request.drafter for request in requests]
+    def _draft(self, requests: Sequence[Request]) -> Sequence[DraftBlock | Exception]:
+        """A block of every request, or the error that ends it; those of ordinary drafters step together."""
         if self.draft is None:
             return [EMPTY_BLOCK] * len(requests)
+        drafters: list[Any] = [request.drafter for request in requests]
         lengths = [request.next_length() for request in requests]
+        blocks: Sequence[DraftBlock | Exception] | Exception
         if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
-            return draft_blocks(cast(list[Drafter], drafters), lengths)
-        if self._translation is not None:
-            return draft_translated(cast(list[TranslatingDrafter], drafters), lengths)
-        return [drafter.draft(length) for drafter, length in zip(drafters, lengths, strict=True) if drafter]
+            blocks = attempt(draft_blocks, drafters, lengths)
+        elif self._translation is not None:
+            blocks = attempt(draft_translated, drafters, lengths)
+        else:
+            blocks = [attempt(drafter.draft, length) for drafter, length in zip(drafters, lengths, strict=True)]
+        blocks = [blocks] * len(requests) if isinstance(blocks, Exception) else blocks
+        name_rows([request.given for request in requests], blocks)
+        return blocks
 
-    def _verify(self, requests: Sequence[Request], blocks: Sequence[DraftBlock]) -> list[Verdict | None]:
-        """The verifier's verdicts; None where it is not asked, or failed and the draft is to stand."""
-        verdicts: list[Verdict | None] = [None] * len(requests)
+    def _verify(self, requests: Sequence[Request], blocks: Sequence[DraftBlock]) -> list[Verdict | Exception | None]:
+        """The verifier's verdicts or errors; None where it is not asked, or failed and the draft is to stand."""
+        verdicts: list[Verdict | Exception | None] = [None] * len(requests)
         pending = {
             index: VerifyCall(request.session, request.unseen, block, request.wants_bonus(block))
             for index, (request, block) in enumerate(zip(requests, blocks, strict=True))
@@ -223,13 +298,13 @@ class Decoder:
         delay = _FIRST_RETRY
         while pending:
             assert self.verifier is not None
-            answers = self._ask(list(pending.values()), [requests[index] for index in pending])
+            answers = attempt(self._ask, list(pending.values()), [requests[index] for index in pending])
+            answers = [answers] * len(pending) if isinstance(answers, Exception) else answers
             for index, answer in zip(list(pending), answers, strict=True):
-                if not isinstance(answer, VerifierUnavailable):
+                policy = self.config.on_verifier_failure if len(blocks[index]) else "raise"
+                if not isinstance(answer, VerifierUnavailable) or policy == "raise":
                     verdicts[index] = answer
-                elif self.config.on_verifier_failure == "raise" or not len(blocks[index]):
-                    raise answer
-                elif self.config.on_verifier_failure == "wait":
+                elif policy == "wait":
                     continue
                 del pending[index]
             if pending:
@@ -237,79 +312,72 @@ class Decoder:
                 delay = min(2 * delay, _LONGEST_RETRY)
         return verdicts
 
-    def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> list[Verdict | VerifierUnavailable]:
+    def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> list[Verdict | Exception]:
         drafters = [request.drafter for request in requests]
+        for drafter in drafters:
+            if isinstance(drafter, Drafter):
+                drafter.on_escalation = None
         ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
         if not ahead or not all(hasattr(call.session, "submit") for call in calls):
             return verify_calls(self.verifier, calls)
         rooms = [min(self.config.ahead, request.room - len(call.block)) for request, call in zip(requests, calls)]
         return verify_ahead(calls, cast(list[Drafter], drafters), rooms)
 
-    def _release(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            request.close()
-            if isinstance(request.drafter, DraftGraph):
-                self._idle_graphs.append(request.drafter)
+    def _end(self, request: Request, requests: list[Request]) -> None:
+        requests.remove(request)
+        request.close()
+        if isinstance(request.drafter, DraftGraph):
+            self._idle_graphs.append(request.drafter)
 
-    def _open(
-        self,
-        audio: Any,
-        prompt: str | None,
-        inputs: Mapping[str, Tensor] | None,
-        verifier_inputs: Mapping[str, Tensor] | None,
-        max_new_tokens: int,
-        row: int = 0,
-        steering: Steering = NO_STEERING,
-        streams: bool = True,
-    ) -> Request:
-        if (audio is None) == (inputs is None and verifier_inputs is None):
+    def _open(self, given: Given) -> Request:
+        if (given.audio is None) == (given.inputs is None and given.verifier_inputs is None):
             raise ValueError("Decoder: got both or neither of audio and prepared inputs, expected one of them")
-        if max_new_tokens < 1:
-            raise ValueError(f"Decoder: max_new_tokens is {max_new_tokens}, expected an integer >= 1")
+        if given.max_new_tokens < 1:
+            raise ValueError(f"Decoder: max_new_tokens is {given.max_new_tokens}, expected an integer >= 1")
         started = time.perf_counter()
-        if audio is not None:
+        if given.audio is not None:
             limits = [side.max_audio_seconds for side in (self.draft, self.verifier) if side is not None]
-            audio = load_audio(audio, max_seconds=min((limit for limit in limits if limit is not None), default=None))
-        config = self.config.of_row(row)
-        if audio is not None and self.draft is not None:
-            inputs = self.draft.prepare(audio, prompt)
+            longest = min((limit for limit in limits if limit is not None), default=None)
+            given = replace(given, audio=load_audio(given.audio, max_seconds=longest))
+            if self.draft is not None:
+                given = replace(given, inputs=self.draft.prepare(given.audio, given.prompt))
+        config = self.config.of_row(given.row)
         processors = stopping = None
+        steering = given.steering
         if steering != NO_STEERING:
-            model, heard = self._steered(steering, audio, prompt, inputs, verifier_inputs)
+            model, heard = self._steered(given)
             ids = model.prompt_ids(heard).to(model.device)
-            processors = steering.processors(model.model, ids, row)
+            processors = steering.processors(model.model, ids, given.row)
             stopping = Stopping(steering.stopping_criteria, ids) if steering.stopping_criteria else None
             if steering.streamer is not None:
                 steering.streamer.put(ids.cpu())
             if model is not self.draft:
-                verifier_inputs = heard  # prepared already
-        drafter = self._open_drafter(inputs, max_new_tokens, config)
+                given = replace(given, verifier_inputs=heard)  # prepared already
+        drafter = self._open_drafter(given, config)
         if processors is not None and isinstance(drafter, Drafter):
             drafter.processed = Processed(processors, ids.to(drafter.pending.device), vocab_size=model.vocab_size)
+        session = self._open_verifier(given, config, processors)
+        begin = getattr(session, "begin", None)
+        if begin is not None and config.always_escalate:
+            begin()
+        elif isinstance(drafter, Drafter):
+            drafter.on_escalation = begin
         return Request(
             drafter,
-            self._open_verifier(audio, prompt, verifier_inputs, config, processors),
+            session,
             config,
-            row=row,
+            given,
             eos_token_ids=self.eos_token_ids,
-            max_new_tokens=max_new_tokens,
             decode=self._decode_text,
             started=started,
             stopping=stopping,
-            streams=streams,
+            costs=self._costs,
         )
 
-    def _steered(
-        self,
-        steering: Steering,
-        audio: Any,
-        prompt: str | None,
-        inputs: Mapping[str, Tensor] | None,
-        verifier_inputs: Mapping[str, Tensor] | None,
-    ) -> tuple[AudioLM, Mapping[str, Tensor]]:
+    def _steered(self, given: Given) -> tuple[AudioLM, Mapping[str, Tensor]]:
         """The model whose prompt is the prefix of processors and criteria, and its prepared inputs."""
         judge: AudioLM | None = getattr(self.verifier, "model", None)
-        if steering.logits_processor is not None:
+        if given.steering.logits_processor is not None:
             if self.config.graph or self._translation is not None:
                 what = "graph=True" if self.config.graph else "models with different tokenizers"
                 raise ValueError(f"Decoder: logits_processor is given with {what}, expected None there")
@@ -319,22 +387,23 @@ class Decoder:
                     "this process (Python objects do not cross the network)"
                 )
         if judge is None:
-            if self.draft is None or inputs is None:
+            if self.draft is None or given.inputs is None:
                 raise ValueError(
                     "Decoder: stopping_criteria or a streamer are given, expected a model in this process or its inputs"
                 )
-            return self.draft, inputs
-        if verifier_inputs is None and audio is not None:
-            verifier_inputs = judge.prepare(audio, prompt)
-        if verifier_inputs is None:
+            return self.draft, given.inputs
+        if given.verifier_inputs is not None:
+            return judge, given.verifier_inputs
+        if given.audio is None:
             raise ValueError(NO_VERIFIER_INPUTS)
-        return judge, verifier_inputs
+        return judge, judge.prepare(given.audio, given.prompt)
 
     def reseeded(self, seed: int) -> Decoder:
         """The same models and settings with another `UGSDConfig.seed`."""
         other = copy.copy(self)
         other.config = replace(self.config, seed=seed)
         other._idle_graphs = []  # theirs have the old one
+        other._costs = Costs()
         return other
 
     @property
@@ -356,18 +425,16 @@ class Decoder:
         side = self.verifier if self._translation else self.draft or self.verifier
         return side.decode(tokens)  # type: ignore[union-attr]
 
-    def _open_drafter(
-        self, inputs: Mapping[str, Tensor] | None, max_new_tokens: int, config: UGSDConfig
-    ) -> Drafter | DraftGraph | TranslatingDrafter | None:
+    def _open_drafter(self, given: Given, config: UGSDConfig) -> Drafter | DraftGraph | TranslatingDrafter | None:
         if self.draft is None:
             return None
-        if inputs is None:
+        if given.inputs is None:
             raise ValueError("Decoder: inputs is None, expected prepared inputs for the drafter beside verifier_inputs")
-        prepared = dict(inputs)
+        prepared = dict(given.inputs)
         if self.config.graph:
             self.draft.check_placeholders(prepared)
             prepared = self.draft.to_device(prepared)
-            return self._graph_of(prepared["input_ids"].shape[1] + max_new_tokens).start(prepared)
+            return self._graph_of(prepared["input_ids"].shape[1] + given.max_new_tokens).start(prepared)
         translation = self._translation
         drafter = Drafter(
             self.draft.open(prepared),
@@ -389,19 +456,15 @@ class Decoder:
         return DraftGraph(self.draft, self.config, eos_token_ids=self.eos_token_ids, capacity=capacity)
 
     def _open_verifier(
-        self,
-        audio: Any,
-        prompt: str | None,
-        inputs: Mapping[str, Tensor] | None,
-        config: UGSDConfig,
-        processors: LogitsProcessorList | None,
+        self, given: Given, config: UGSDConfig, processors: LogitsProcessorList | None
     ) -> VerifierSession | None:
         if self.verifier is None:
             return None
-        if audio is None and inputs is None:
+        if given.audio is None and given.verifier_inputs is None:
             raise ValueError(NO_VERIFIER_INPUTS)
         steered: dict[str, Any] = {} if processors is None else {"logits_processor": processors}
-        return self.verifier.open(config, audio=audio, prompt=prompt, inputs=inputs, **steered)
+        heard: dict[str, Any] = {"audio": given.audio, "prompt": given.prompt, "inputs": given.verifier_inputs}
+        return self.verifier.open(config, **heard, **steered)
 
 
 def _column(name: str, value: Any, count: int | None) -> list[Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
-from ugsd_fast.errors import ModelError
+from ugsd_fast.errors import ModelError, attempt
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
 
 # Rules whose acceptance needs the distribution that the draft was sampled from.
 RULES_WITH_DRAFT_LOGITS = frozenset({"exact", "block"})
+RUNNERS_UP = 3  # tokens that are tried in the place of an uncertain one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class DraftBlock:
         Of the block, nats: what the gate compares with the threshold.
     escalate : bool
         The gate's decision.
+    rivals : LongTensor[1, K, R] or None
+        The drafter's best tokens at each position; only kept for ``UGSDConfig(branches=...)``.
     """
 
     tokens: Tensor
@@ -45,6 +51,7 @@ class DraftBlock:
     entropy: tuple[float, ...]
     uncertainty: float
     escalate: bool
+    rivals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -58,7 +65,8 @@ class Drafter:
     """Drafts the continuation of one request.
 
     The steps of a block follow each other without a look at their results: tokens, entropies and the gate's decision
-    come to the host together, in one read a block (``adaptive="entropy"`` looks at each token's entropy, too).
+    come to the host together, in one read a block (`stops` looks at each token's entropy, too, and so does
+    `on_escalation`, until it is called).
 
     Parameters
     ----------
@@ -72,6 +80,11 @@ class Drafter:
         Columns of the edge model's logits; a verifier's token beyond them cannot be fed to it.
     processed : Processed, optional
         What its logits go through before a token is drawn.
+
+    Attributes
+    ----------
+    on_escalation : callable or None
+        Called once, before the next step, when a block is certain to be escalated whatever else it gets.
     """
 
     def __init__(
@@ -91,9 +104,14 @@ class Drafter:
         self.drafted = 0  # length of the block in flight; all but its last token are in the cache
         self.draws = 0
         self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
+        self._forks: dict[tuple[int, int], Drafter] = {}  # by tokens that stand from the block's first on, and the next
+        self._flying: DraftBlock | None = None  # that was looked at for forks
+        self._doubted = 0  # tokens drafted ahead that were
         self._ends = eos_token_ids
         self._final = 0
         self.processed = processed
+        self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
+        self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
         self._device = device
 
@@ -103,50 +121,152 @@ class Drafter:
         return self.sequence.forwards
 
     def draft(self, length: int) -> DraftBlock:
-        """Draft `length` tokens, K, in as many forward passes; ``adaptive="entropy"`` may stop before.
+        """Draft `length` tokens, K, in as many forward passes; `stops` may end the block before.
 
         Tokens that were drafted ahead come first.
         """
         if not self.buffer:
-            return draft_blocks([self], [length])[0]
-        while len(self.buffer) < length and not self._ended(self.buffer[-1]):
-            draft_ahead([self])
-        steps = self.buffer[:length]
+            block = draft_blocks([self], [length])[0]
+            if isinstance(block, Exception):
+                raise block
+            return block
+        count = 1
+        while count < length and not self._ended(self.buffer[count - 1]) and not self._stopped(count):
+            if count == len(self.buffer):
+                lines = self.lines(length)
+                for line, error in zip(lines, draft_ahead(lines), strict=True):
+                    if error is not None:
+                        self.give_up(line, error)
+            count += 1
+        steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
         entropy = torch.tensor([[step.entropy[0] for step in steps]], device=self._device)
         kept = [step.logits for step in steps if step.logits is not None]
         record = gate(tokens, entropy, self.config, self.eos)[0].tolist()
-        block = block_of(record, tokens, torch.cat(kept, 1) if kept else None)
+        rivals = [step.rivals for step in steps if step.rivals is not None]
+        block = block_of(record, tokens, torch.cat(kept, 1) if kept else None, torch.cat(rivals, 1) if rivals else None)
         self.drafted = len(block)
-        del self.buffer[: len(block)]
+        self._drop(len(block))
         return block
 
-    def goes_on(self, block: DraftBlock) -> bool:
-        """Whether anything can follow what was drafted behind `block`, and behind `block` itself."""
-        return len(block) == self.drafted and not self._ended(self.buffer[-1] if self.buffer else block)
+    def check_room(self, length: int) -> None:
+        """Raise `ModelError` unless a block of `length` tokens can be drafted."""
+        self.sequence.check_room(self.pending.shape[1] + length - 1)
+
+    def lines(self, room: int, block: DraftBlock | None = None) -> list[Drafter]:
+        """Who can draft a token more, up to `room` behind `block` (in flight): this drafter, and its forks.
+
+        A fork is made where the drafter is uncertain, for each of its next best tokens: the verifier's correction is
+        most likely one of them. It goes on as if that verdict had come, and has forks in its turn.
+        """
+        tree = self._tree()
+        # What cannot share a forward with others would take longer with them.
+        if self.config.branches > 1 and self.processed is None and self.sequence.pack_key(self.pending) is not None:
+            for line in tree:
+                room_for_forks = self.config.branches - len(tree)
+                doubts = line._doubts(block if line is self else None)
+                tree += [line._fork(position, token) for position, token in islice(doubts, room_for_forks)]
+        furthest = self._final + (len(block) if block is not None else 0) + room
+        return [line for line in tree if line._reach < furthest and line._goes_on(block if line is self else None)]
+
+    @property
+    def ahead(self) -> int:
+        """Tokens drafted ahead."""
+        return sum(len(line.buffer) for line in self._tree())
+
+    def give_up(self, line: Drafter, error: Exception) -> None:
+        """Drop a fork that cannot go on; raise the error of this drafter itself."""
+        if line is self:
+            raise error
+        for one in self._tree():
+            one._forks = {verdict: fork for verdict, fork in one._forks.items() if fork is not line}
 
     def wasted(self, num_accepted: int, next_token: int) -> int:
         """How many tokens drafted ahead `commit` would throw away."""
-        return 0 if self._foreseen(num_accepted, next_token) else len(self.buffer)
+        fork = self._forks.get((num_accepted, next_token))
+        if fork is not None:
+            return self.ahead - fork.ahead
+        if not self._foreseen(num_accepted, next_token):
+            return self.ahead
+        return sum(
+            fork.ahead for (position, _), fork in self._forks.items() if position < num_accepted + (next_token >= 0)
+        )
 
     def commit(self, num_accepted: int, next_token: int) -> None:
         """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none).
 
         What was drafted ahead stays if that is what it was drafted for, and is taken back otherwise.
         """
-        self._final += num_accepted + (next_token >= 0)
+        forks, self._forks = self._forks, {}
+        self._flying = None
+        fork = forks.get((num_accepted, next_token))
+        if fork is not None:
+            fork.sequence.forwards = max(fork.forwards, self.forwards)
+            vars(self).update(vars(fork))
+            return
+        stand = num_accepted + (next_token >= 0)
+        self._final += stand
         if self.buffer and self._foreseen(num_accepted, next_token):
-            del self.buffer[: next_token >= 0]
+            self._forks = {(at - stand, token): fork for (at, token), fork in forks.items() if at >= stand}
+            self._drop(stand - self.drafted)
+            self.drafted = 0
             return
         self.drafted += len(self.buffer)
-        self.buffer.clear()
+        self._drop(len(self.buffer))
         self._settle(num_accepted, next_token)
+        self.drafted = 0
         if self.config.ahead:  # the draws of a position do not depend on when verdicts came
             self.draws = self._final
+
+    def _fork(self, position: int, token: int) -> Drafter:
+        """One that goes on as if `position` tokens of the block in flight, or behind it, stood and `token` followed."""
+        fork = copy.copy(self)
+        fork.sequence, fork.buffer, fork._forks = self.sequence.fork(), list(self.buffer), {}
+        fork.commit(position, token)
+        self._forks[position, token] = fork
+        return fork
+
+    def _tree(self) -> list[Drafter]:
+        return [self, *(line for fork in self._forks.values() for line in fork._tree())]
+
+    def _doubts(self, block: DraftBlock | None) -> Iterator[tuple[int, int]]:
+        """Positions where this line is uncertain, with each runner-up there; a position comes once."""
+        if block is not None and block is not self._flying:
+            self._flying = block
+            worst = max(range(len(block)), key=block.entropy.__getitem__)
+            if all(position != worst for position, _ in self._forks):
+                yield from ((worst, token) for token in self._runners_up(block, worst))
+        while self._doubted < len(self.buffer):
+            step, position = self.buffer[self._doubted], self.drafted + self._doubted
+            self._doubted += 1
+            if step.escalate:
+                yield from ((position, token) for token in self._runners_up(step, 0))
+
+    def _runners_up(self, block: DraftBlock, position: int) -> list[int]:
+        assert block.rivals is not None
+        best = block.rivals[0, position].tolist()
+        return [token for token in best if token != block.token_ids[position] and token not in self._ends]
+
+    def _goes_on(self, block: DraftBlock | None) -> bool:
+        """Whether anything can follow what was drafted ahead, or `block`."""
+        last = self.buffer[-1] if self.buffer else block
+        return (block is None or len(block) == self.drafted) and (last is None or not self._ended(last))
+
+    @property
+    def _reach(self) -> int:
+        return self._final + self.drafted + len(self.buffer)
+
+    def _drop(self, count: int) -> None:
+        """Forget the next `count` tokens drafted ahead."""
+        del self.buffer[:count]
+        self._doubted = max(self._doubted - count, 0)
 
     def _foreseen(self, num_accepted: int, next_token: int) -> bool:
         guessed = next_token < 0 or (bool(self.buffer) and self.buffer[0].token_ids[0] == next_token)
         return num_accepted == self.drafted and guessed
+
+    def _stopped(self, count: int) -> bool:
+        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]])
 
     def _ended(self, block: DraftBlock) -> bool:
         return bool(len(block)) and block.token_ids[-1] in self._ends
@@ -167,7 +287,7 @@ class Drafter:
 
 
 @torch.inference_mode()
-def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock]:
+def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock | Exception]:
     """Draft a block for each of several requests, step by step together: one forward pass a step for all of them.
 
     Parameters
@@ -176,16 +296,32 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         Of one edge model and one config, but for the seed.
     lengths : sequence of int
         Tokens to draft for each, at least 1. A request whose block is complete leaves the later steps.
+
+    Returns
+    -------
+    list of DraftBlock or Exception
+        The error of a request that has no room for its block, or whose logits have no finite value.
     """
+    least = [one.config.min_block if one.stops else length for one, length in zip(drafters, lengths, strict=True)]
+    roomy = [attempt(one.check_room, min(pair)) for one, *pair in zip(drafters, lengths, least, strict=True)]
+    if any(roomy):
+        able = [row for row, error in enumerate(roomy) if error is None]
+        blocks = iter(draft_blocks([drafters[row] for row in able], [lengths[row] for row in able]) if able else [])
+        return [next(blocks) if error is None else error for error in roomy]
     config, device = drafters[0].config, drafters[0].pending.device
-    stop = config.entropy_threshold if config.adaptive == "entropy" else None
+    watched = any(drafter.stops for drafter in drafters)
     rows, width = len(drafters), max(lengths)
     lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
-    tokens, entropies, uncertain = [], [], set()
+    tokens: list[Tensor] = []
+    entropies: list[Tensor] = []
+    seen: list[list[float]] = [[] for _ in drafters]  # entropies, of rows that look at them
     logits: list[list[Tensor]] = [[] for _ in drafters]
+    rivals: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
     for step in range(width):
+        if tokens:
+            _foretell(drafters, tokens, entropies)
         at = drafters if len(active) == rows else [drafters[row] for row in active]
         z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
         if at[0].processed is not None:
@@ -200,16 +336,21 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         if config.rule in RULES_WITH_DRAFT_LOGITS:
             for row, filtered in zip(active, filter_logits(z, config).split(1), strict=True):
                 logits[row].append(filtered)
+        if config.branches > 1:
+            for row, best in zip(active, z.topk(min(RUNNERS_UP + 1, z.shape[-1])).indices.split(1), strict=True):
+                rivals[row].append(best)
+        if watched and step + 1 < width:
+            for row, nats in zip(active, entropy.tolist(), strict=True):
+                seen[row].append(nats)
+                stops = drafters[row].stops
+                if stops is not None and stops(seen[row]):
+                    lengths[row] = step + 1
         if len(active) < rows:
             where = torch.tensor(active, device=device)
             token = token.new_zeros(rows).index_copy_(0, where, token)
             entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
         tokens.append(token)
         entropies.append(entropy)
-        if stop is not None:
-            uncertain |= {row for row, nats in enumerate(entropy.tolist()) if nats > stop}
-            if step + 1 >= config.min_block:
-                lengths = [min(n, step + 1) if row in uncertain else n for row, n in enumerate(lengths)]
         active = [row for row in active if lengths[row] > step + 1]
         if not active:
             break
@@ -220,18 +361,47 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
     records = gate(drafted, entropy, config, drafters[0].eos, ends).tolist()
     return [
-        block_of(record, drafted[row : row + 1, :length], torch.stack(logits[row], 1) if logits[row] else None)
+        attempt(
+            block_of,
+            record,
+            drafted[row : row + 1, :length],
+            torch.stack(logits[row], 1) if logits[row] else None,
+            torch.stack(rivals[row], 1) if rivals[row] else None,
+        )
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
 
 
-def draft_ahead(drafters: Sequence[Drafter]) -> None:
-    """Draft one token more for each request, behind its block in flight and what was drafted ahead before."""
+def _foretell(drafters: Sequence[Drafter], tokens: list[Tensor], entropies: list[Tensor]) -> None:
+    """Tell those that want to know that their block, of which this is the beginning, will be escalated.
+
+    Once an entropy is over the threshold, so is the greatest; a mean can fall again. What is behind an end-of-sequence
+    token does not count.
+    """
+    config = drafters[0].config
+    if config.gate == "mean" or config.adaptive == "entropy" or (config.gate == "first" and len(tokens) > 1):
+        return  # unknown before the block is complete, complete with that token, or known since the first
+    if all(drafter.on_escalation is None for drafter in drafters):
+        return
+    records = gate(torch.stack(tokens, 1), torch.stack(entropies, 1), config, drafters[0].eos)
+    for drafter, escalates in zip(drafters, records[:, 2].tolist(), strict=True):
+        if escalates and drafter.on_escalation is not None:
+            tell, drafter.on_escalation = drafter.on_escalation, None
+            tell()
+
+
+def draft_ahead(drafters: Sequence[Drafter]) -> list[Exception | None]:
+    """Draft one token more for each request, behind its block in flight and what was drafted ahead before.
+
+    Returns the errors of those that cannot.
+    """
     lengths = [drafter.drafted for drafter in drafters]
     steps = draft_blocks(drafters, [1] * len(drafters))
     for drafter, length, step in zip(drafters, lengths, steps, strict=True):
         drafter.drafted = length
-        drafter.buffer.append(step)
+        if not isinstance(step, Exception):
+            drafter.buffer.append(step)
+    return [step if isinstance(step, Exception) else None for step in steps]
 
 
 def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +440,9 @@ def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor, lengt
     return torch.cat([scalars, tokens.double(), entropy.double()], 1)
 
 
-def block_of(record: Sequence[float], tokens: Tensor, logits: Tensor | None) -> DraftBlock:
+def block_of(
+    record: Sequence[float], tokens: Tensor, logits: Tensor | None, rivals: Tensor | None = None
+) -> DraftBlock:
     """The block of one row that `gate` recorded; the record came to the host in the one copy that a block takes."""
     length, width = int(record[0]), (len(record) - 3) // 2
     ids = record[3 : 3 + length]
@@ -283,6 +455,7 @@ def block_of(record: Sequence[float], tokens: Tensor, logits: Tensor | None) -> 
         entropy=tuple(record[3 + width : 3 + width + length]),
         uncertainty=record[1],
         escalate=bool(record[2]),
+        rivals=rivals,
     )
 
 

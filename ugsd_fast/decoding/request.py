@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ugsd_fast.decoding.block_length import BlockLength, block_length
+from torch import Tensor
+
+from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter
-from ugsd_fast.decoding.processors import Stopping
+from ugsd_fast.decoding.processors import NO_STEERING, Steering, Stopping
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
 from ugsd_fast.decoding.translation import TranslatingDrafter
@@ -18,6 +21,55 @@ from ugsd_fast.errors import ModelError
 
 if TYPE_CHECKING:
     from ugsd_fast.verifier.base import Verdict, VerifierSession
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What one request is given, as `Decoder.generate` takes it.
+
+    Attributes
+    ----------
+    row : int
+        Index among the inputs of its call.
+    rows : int or None
+        How many there are; None where the call has one input that is not in a list.
+    streams : bool
+        Whether every event carries its text; otherwise only the last does, and text is decoded once.
+    """
+
+    audio: Any = None
+    prompt: str | None = None
+    inputs: Mapping[str, Tensor] | None = None
+    verifier_inputs: Mapping[str, Tensor] | None = None
+    max_new_tokens: int = 128
+    steering: Steering = NO_STEERING
+    row: int = 0
+    rows: int | None = None
+    streams: bool = True
+
+    @property
+    def place(self) -> str:
+        """Where its call has it, such as ``audio[2]``."""
+        name = "audio" if self.audio is not None else "inputs" if self.inputs is not None else "verifier_inputs"
+        return f"{name}[{self.row}]"
+
+
+def name_rows(rows: Sequence[Given], outcomes: Sequence[object]) -> None:
+    """Add a note to each error among the outcomes of several rows that says which of them it ends."""
+    errors = {id(outcome): outcome for outcome in outcomes if isinstance(outcome, Exception)}
+    for error in errors.values():
+        ended = [one for one, outcome in zip(rows, outcomes, strict=True) if outcome is error]
+        if ended[0].rows is None:  # the only input
+            continue
+        numbers = ", ".join(str(one.row + 1) for one in ended)
+        if len(ended) == 1:
+            note = f"row {numbers} of {ended[0].rows}: {ended[0].place}"
+        else:
+            note = f"rows {numbers} of {ended[0].rows}, which shared a forward pass"
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:  # Python 3.10 keeps it, and shows it nowhere
+            vars(error).setdefault("__notes__", []).append(note)
 
 
 class Request:
@@ -31,20 +83,18 @@ class Request:
         Judges it; None where nobody does.
     config : UGSDConfig
         Gate, bonus and block length.
-    row : int
-        Index among the inputs of its call.
+    given : Given
+        What it was given.
     eos_token_ids : frozenset of int
         Tokens that end the caption.
-    max_new_tokens : int
-        Most tokens that it may have.
     decode : callable
         Token ids -> text.
     started : float
         ``time.perf_counter()`` when the caller asked.
     stopping : Stopping, optional
         What else may end the caption.
-    streams : bool
-        Whether every event carries its text; otherwise only the last does, and text is decoded once.
+    costs : Costs, optional
+        What earlier requests taught about block lengths, and this one adds to.
     """
 
     def __init__(
@@ -52,36 +102,35 @@ class Request:
         drafter: Drafter | DraftGraph | TranslatingDrafter | None,
         session: VerifierSession | None,
         config: UGSDConfig,
+        given: Given,
         *,
-        row: int = 0,
         eos_token_ids: frozenset[int],
-        max_new_tokens: int,
         decode: Callable[[Sequence[int]], str],
         started: float,
         stopping: Stopping | None = None,
-        streams: bool = True,
+        costs: Costs | None = None,
     ):
         self.drafter = drafter
         self.session = session
-        self.row = row
+        self.given = given
         self.unseen: list[int] = []  # final tokens that the verifier does not know yet
         self.tokens: list[int] = []
         self.result: Result | None = None  # once the caption has ended
         self._config = config
         self._eos = eos_token_ids
-        self._max_new_tokens = max_new_tokens
         self._started = started
         self._stopping = stopping
-        self._streams = streams
         self._first_token = 0.0
-        self._length: BlockLength = block_length(config)
+        self._length: BlockLength = block_length(config, costs, watches=isinstance(drafter, Drafter))
+        if isinstance(drafter, Drafter):
+            drafter.stops = self._length.stops
         self._trace = Trace()
         self._text = IncrementalText(decode)
 
     @property
     def room(self) -> int:
         """Tokens that may still come."""
-        return self._max_new_tokens - len(self.tokens)
+        return self.given.max_new_tokens - len(self.tokens)
 
     def next_length(self) -> int:
         """Tokens to draft next."""
@@ -99,9 +148,17 @@ class Request:
         return self._config.appends_bonus and not ended
 
     def settle(
-        self, block: DraftBlock, verdict: Verdict | None, *, draft_seconds: float, verify_seconds: float
+        self, block: DraftBlock, verdict: Verdict | Exception | None, *, draft_seconds: float, verify_seconds: float
     ) -> StreamEvent:
-        """Take a block's outcome: `verdict` of the verifier, None where it was not asked or did not answer."""
+        """Take a block's outcome: `verdict` of the verifier, None where it was not asked or did not answer.
+
+        Raises
+        ------
+        ModelError
+            If nothing follows; whatever the verifier answered, if it is an exception.
+        """
+        if isinstance(verdict, Exception):
+            raise verdict
         escalated = self.escalates(block)
         num_accepted = verdict.num_accepted if verdict else len(block)
         next_token = verdict.next_token if verdict else -1
@@ -115,7 +172,7 @@ class Request:
         last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
         wasted = 0
         if isinstance(self.drafter, Drafter):
-            wasted = len(self.drafter.buffer) if last else self.drafter.wasted(num_accepted, next_token)
+            wasted = self.drafter.ahead if last else self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,
@@ -136,7 +193,7 @@ class Request:
         latency = time.perf_counter() - self._started
         self._first_token = self._first_token or latency
         delta = ""
-        if self._streams or last:
+        if self.given.streams or last:
             delta = self._text.extend(emitted, final=last)
         else:
             self._text.append(emitted)

@@ -312,7 +312,10 @@ class TranslatingDrafter:
     def draft(self, length: int) -> DraftBlock:
         """Draft at most `length` of the verifier's tokens, in at most as many forward passes, or until a character is
         complete."""
-        return draft_translated([self], [length])[0]
+        block = draft_translated([self], [length])[0]
+        if isinstance(block, Exception):
+            raise block
+        return block
 
     def begin(self, length: int) -> int:
         """How many tokens the drafter has to draft for a block of `length`."""
@@ -459,15 +462,19 @@ class TranslatingDrafter:
         self.drafter.pending = torch.tensor([tokens], dtype=torch.long, device=self.drafter.pending.device)
 
 
-def draft_translated(drafters: Sequence[TranslatingDrafter], lengths: Sequence[int]) -> list[DraftBlock]:
+def draft_translated(drafters: Sequence[TranslatingDrafter], lengths: Sequence[int]) -> list[DraftBlock | Exception]:
     """Draft a block for each of several requests, as `draft_blocks` does."""
     missing = [drafter.begin(length) for drafter, length in zip(drafters, lengths, strict=True)]
+    failed: dict[int, Exception] = {}
     while any(missing):
         rows = [row for row, count in enumerate(missing) if count]
         blocks = draft_blocks([drafters[row].ready() for row in rows], [missing[row] for row in rows])
         for row, block in zip(rows, blocks, strict=True):
-            missing[row] = drafters[row].take(block)
-    return [drafter.block(length) for drafter, length in zip(drafters, lengths, strict=True)]
+            if isinstance(block, Exception):
+                failed[row], missing[row] = block, 0
+            else:
+                missing[row] = drafters[row].take(block)
+    return [failed[row] if row in failed else drafters[row].block(length) for row, length in enumerate(lengths)]
 
 
 def _agreeing(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ugsd_fast.decoding.drafter import DraftBlock, Drafter, draft_ahead
-from ugsd_fast.errors import VerifierUnavailable
+from ugsd_fast.errors import attempt
 
 if TYPE_CHECKING:
     from ugsd_fast.verifier.base import Verdict
@@ -24,40 +24,32 @@ class VerifyCall(NamedTuple):
 
 def verify_ahead(
     calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int]
-) -> list[Verdict | VerifierUnavailable]:
-    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead."""
-    futures = [session.submit(committed, block, bonus=bonus) for session, committed, block, bonus in calls]
-    while waiting := [index for index, future in enumerate(futures) if not future.done()]:
-        able = [
-            drafters[index]
-            for index in waiting
-            if len(drafters[index].buffer) < rooms[index] and drafters[index].goes_on(calls[index].block)
-        ]
+) -> list[Verdict | Exception]:
+    """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead.
+
+    All that is drafted ahead shares its forward passes, the branches of one request too.
+    """
+    futures: list[Future[Verdict]] = [
+        session.submit(committed, block, bonus=bonus) for session, committed, block, bonus in calls
+    ]
+    failed: dict[int, Exception] = {}
+    while waiting := [index for index, future in enumerate(futures) if index not in failed and not future.done()]:
+        able = [(index, line) for index in waiting for line in drafters[index].lines(rooms[index], calls[index].block)]
         if able:
-            draft_ahead(able)
+            for (index, line), error in zip(able, draft_ahead([line for _, line in able]), strict=True):
+                given_up = None if error is None else attempt(drafters[index].give_up, line, error)
+                if given_up is not None:
+                    failed[index] = given_up
         else:
             wait([futures[index] for index in waiting])
-    return [_outcome(future) for future in futures]
+    return [failed[index] if index in failed else attempt(future.result) for index, future in enumerate(futures)]
 
 
-def _outcome(future: Future[Verdict]) -> Verdict | VerifierUnavailable:
-    try:
-        return future.result()
-    except VerifierUnavailable as error:
-        return error
-
-
-def verify_calls(verifier: Any, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
+def verify_calls(verifier: Any, calls: Sequence[VerifyCall]) -> list[Verdict | Exception]:
     """Verdicts of several sessions of one verifier, in the order of the calls; one that cannot be had is an exception.
 
     A verifier with a ``verify_batch`` is asked once.
     """
     if len(calls) > 1 and hasattr(verifier, "verify_batch"):
         return verifier.verify_batch(calls)
-    verdicts: list[Verdict | VerifierUnavailable] = []
-    for session, committed, block, bonus in calls:
-        try:
-            verdicts.append(session.verify(committed, block, bonus=bonus))
-        except VerifierUnavailable as error:
-            verdicts.append(error)
-    return verdicts
+    return [attempt(session.verify, committed, block, bonus=bonus) for session, committed, block, bonus in calls]

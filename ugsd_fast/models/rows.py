@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ugsd_fast.errors import ModelError
-from ugsd_fast.models.audio_lm import AudioLM
+from ugsd_fast.models.audio_lm import AudioLM, without_padding
+from ugsd_fast.models.encoder_decoder import row_of
 from ugsd_fast.models.sequence import CLIP_INPUTS
 
 _OF_CLIPS = CLIP_INPUTS | {"audio_feature_lengths"}
@@ -42,6 +42,7 @@ def split_rows(model: AudioLM, inputs: Mapping[str, Any], *, keep_padding: bool 
 
     Examples
     --------
+    >>> import torch
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "pad_token_id": 0}
     >>> model = AudioLM(Qwen2ForCausalLM(Qwen2Config(vocab_size=9, hidden_size=8, intermediate_size=8, **sizes)))
@@ -58,13 +59,13 @@ def split_rows(model: AudioLM, inputs: Mapping[str, Any], *, keep_padding: bool 
 def _prompted_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -> list[dict[str, Any]]:
     ids: Tensor = inputs["input_ids"]
     clips = {name: inputs.pop(name) for name in _OF_CLIPS & inputs.keys()}
-    starts = _padding(inputs.get("attention_mask"), ids.shape[0])
-    if keep_padding:
-        starts = [0] * len(starts)
+    _check_padding(inputs.get("attention_mask"))
     foreign = [name for name, value in inputs.items() if getattr(value, "shape", None) != ids.shape]
     if foreign:
         raise ModelError(f"{type(model.model).__name__}: got {min(foreign)}, expected inputs of audio and text only")
-    rows = [{name: value[row : row + 1, start:] for name, value in inputs.items()} for row, start in enumerate(starts)]
+    rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(ids.shape[0])]
+    if not keep_padding:
+        rows = [without_padding(row) for row in rows]
     if clips:
         for row, own in zip(rows, _clips_of(model, clips, rows), strict=True):
             row.update({name: value[own] for name, value in clips.items()} if own.start < own.stop else {})
@@ -102,29 +103,23 @@ def _heard_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -> l
         raise ModelError(f"{type(model.model).__name__}: got {min(foreign)}, expected inputs of audio and text only")
     count = next(iter(value[0] if isinstance(value, ModelOutput) else value for value in inputs.values())).shape[0]
     mask = inputs.pop("decoder_attention_mask", None)
-    starts = _padding(mask, count)
-    if keep_padding and any(starts):
+    _check_padding(mask)
+    if keep_padding and mask is not None and not bool(mask.all()):
         raise ModelError("an encoder-decoder's prompts have padding, expected prompts of one length")
-    rows = [{name: _row_of(value, row) for name, value in inputs.items()} for row in range(count)]
-    for row, start in zip(rows, starts, strict=True):
-        if start:
-            row["decoder_input_ids"] = row["decoder_input_ids"][:, start:]
+    rows = [{name: row_of(value, row) for name, value in inputs.items()} for row in range(count)]
+    for row, own in zip(rows, [] if mask is None else mask.split(1)):
+        prompt = {"input_ids": row["decoder_input_ids"], "attention_mask": own}
+        row["decoder_input_ids"] = without_padding(prompt)["input_ids"]
     return rows
 
 
-def _row_of(value: Any, row: int) -> Any:
-    if isinstance(value, ModelOutput):
-        tensors = {name: part for name, part in value.items() if isinstance(part, Tensor)}
-        return type(value)(**{name: part[row : row + 1] for name, part in tensors.items()})
-    return value[row : row + 1]
-
-
-def _padding(mask: Tensor | None, count: int) -> list[int]:
-    """How many tokens of padding each of `count` prompts begins with."""
+def _check_padding(mask: Tensor | None) -> None:
+    """Refuse prompts that are padded elsewhere than on the left."""
     if mask is None:
-        return [0] * count
-    kept = mask != 0
-    starts = kept.int().argmax(1)
-    if not torch.equal(kept, torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]):
-        raise ModelError("the attention mask has zeros behind a prompt's first token, expected left padding only")
-    return starts.tolist()
+        return
+    wrong = (mask.bool().int().diff(dim=1) < 0).any(1) | (mask[:, -1] == 0)
+    if bool(wrong.any()):
+        raise ModelError(
+            f"row {int(wrong.int().argmax()) + 1} of {len(mask)}: the attention mask has zeros behind the prompt's "
+            "first token, expected left padding only"
+        )

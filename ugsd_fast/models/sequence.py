@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class CachedSequence:
             last = self.forward(tokens[:, :0], keep=1)
             logits = torch.cat([last, self.forward(tokens)], dim=1)
             return logits[:, logits.shape[1] - keep :]
-        audio = self.take_prompt()
+        audio = self.prompt_inputs()
         ids = torch.cat([audio.pop("input_ids"), tokens], dim=1) if first else tokens
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
@@ -115,6 +116,13 @@ class CachedSequence:
             ).logits
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
+
+    @torch.inference_mode()
+    def fork(self) -> CachedSequence:
+        """A sequence of the same tokens, which goes on with keys and values of its own; not before the prompt."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
 
     def rollback(self, rejected: int) -> None:
         """Forget the newest `rejected` tokens, in place."""
@@ -152,9 +160,13 @@ class CachedSequence:
             return False
         return self._audio_token is None or not bool((tokens == self._audio_token).any())
 
-    def take_prompt(self) -> dict[str, Any]:
+    def prompt_inputs(self) -> dict[str, Any]:
         """What the first forward is given beside the tokens, the prompt's ``input_ids`` with it; later ones nothing."""
         return {} if self.length else {**self._prompt, **self._first_kwargs}
+
+    def hear(self, sequences: Sequence[CachedSequence], audio: dict[str, Any]) -> dict[str, Any]:
+        """What a forward that `sequences` begin with is given of their `audio`, batched; nothing in later ones."""
+        return audio
 
     def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward that append tokens behind the prompt."""
@@ -195,6 +207,12 @@ class CachedSequence:
         return positions.expand(ids.shape[0], -1)
 
 
+@lru_cache(maxsize=64)
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a forward has ``logits_to_keep``; reading a signature takes as long as a small matrix product."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
 @contextmanager
 def last_logits(model: Any, keep: int | Tensor) -> Iterator[dict[str, int | Tensor]]:
     """Have the next forward compute the logits of the last `keep` positions only (0 = all), or of those in a tensor.
@@ -204,7 +222,7 @@ def last_logits(model: Any, keep: int | Tensor) -> Iterator[dict[str, int | Tens
     """
     if isinstance(keep, int) and not keep:
         yield {}
-    elif "logits_to_keep" in inspect.signature(model.forward).parameters:
+    elif _keeps_logits(getattr(model.forward, "__func__", model.forward)):
         yield {"logits_to_keep": keep}
     else:
         thread = threading.get_ident()

@@ -85,6 +85,11 @@ class Breaker:
         self._closed_at = self._clock() + self._pause
         return True
 
+    @property
+    def tripped(self) -> bool:
+        """Whether it is in its pause, or a trial is due."""
+        return self._failures >= self._limit
+
     def failed(self) -> None:
         """Count a failure."""
         self._failures += 1
@@ -206,11 +211,14 @@ class ClientSession:
         self._ahead = ahead
         self._link: Link | None = None
         self._early: asyncio.Task[Link] | None = None
+        self._begun: asyncio.Task[None] | None = None
+        self._untouched = True  # nothing was asked for yet
         self._id: bytes | None = None
         self._seq = self._abandoned = self._base = 0
         self._known: list[int] = []  # of the caption, as of the last verdict
         self._draws = 0
         self._trouble = "no reply"  # the last
+        self._until = 0.0  # of the loop's clock: when a verdict is too late
         self._alone = True  # no draft so far: the verifier writes the caption
         self._stream: Generate | None = None
         self._streamed = 0
@@ -224,10 +232,18 @@ class ClientSession:
         self._early = asyncio.get_running_loop().create_task(self._endpoint.connect())
         self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
 
+    def begin(self) -> None:
+        """Open the session, as a block is going to follow; what goes wrong is for `verify` to find and to mend."""
+        if self._untouched and not self._endpoint.breaker.tripped:
+            self._begun = asyncio.get_running_loop().create_task(self._attach())
+            self._begun.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._untouched = False
+
     async def verify(
         self, committed: Sequence[int], draft: Sequence[int], *, bonus: bool, top_k: int = 0, logits: bytes = b""
     ) -> Verdict:
         """The verdict on a block; raises `VerifierUnavailable`, and then is as it was before."""
+        self._untouched = False
         self._alone = self._alone and not len(draft) and not committed and bonus
         if self._alone:
             return await self._within_deadline(self._next_token())
@@ -235,7 +251,8 @@ class ClientSession:
 
     async def close(self) -> None:
         """End the session."""
-        if self._link is not None and self._id is not None:
+        self._untouched = False
+        if self._link is not None:
             with suppress(LinkLost):
                 await self._send(Close(), "control")
         await self._drop()
@@ -245,6 +262,7 @@ class ClientSession:
         if not breaker.allows():
             work.close()  # type: ignore[attr-defined]
             raise VerifierUnavailable(f"verifier {self._endpoint.url}: failed before, not asked for now")
+        self._until = asyncio.get_running_loop().time() + self._patience.deadline
         try:
             reply = await asyncio.wait_for(work, self._patience.deadline)
         except asyncio.TimeoutError:
@@ -334,7 +352,10 @@ class ClientSession:
         while True:
             wait = 0.0
             try:
-                if self._link is None:
+                begun, self._begun = self._begun, None
+                if begun is not None:
+                    await begun
+                elif self._link is None:
                     await self._attach()
                 outgoing = frame()
                 if outgoing is not None:
@@ -349,7 +370,10 @@ class ClientSession:
             except _Refused as refused:
                 self._trouble = str(refused)
                 wait = await self._heed(refused.error)
-            delay = min(self._patience.first_delay * 2**tries, self._patience.longest_delay)
+            if asyncio.get_running_loop().time() >= self._until:
+                # Before Python 3.12, an inner wait_for that ends just as it is cancelled loses the cancellation.
+                raise asyncio.TimeoutError
+            delay = min(self._patience.first_delay * 2 ** min(tries, 30), self._patience.longest_delay)
             tries += 1
             await asyncio.sleep(wait + delay * random.uniform(0.5, 1.0))
 
@@ -371,8 +395,7 @@ class ClientSession:
         try:
             self._link = await (early if early is not None else self._endpoint.connect())
         except asyncio.CancelledError:
-            if early is not None:
-                early.cancel()
+            await _abandon(early)
             raise
         if self._id is not None:
             await self._send(Resume(protocol.VERSION, self._id), "control")
@@ -427,12 +450,22 @@ class ClientSession:
 
     async def _drop(self) -> None:
         self._stream_link = None
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.cancel()
         link, self._link = self._link, None
         early, self._early = self._early, None
-        if early is not None and not early.cancel() and not early.cancelled() and early.exception() is None:
-            await early.result().close()
+        await _abandon(early)
         if link is not None:
             await link.close()
+
+
+async def _abandon(connecting: asyncio.Task[Link] | None) -> None:
+    """Have no use for a connection that is being made, or was."""
+    if connecting is None or connecting.cancel() or connecting.cancelled():
+        return
+    if connecting.exception() is None:
+        await connecting.result().close()
 
 
 def _opened(frame: Any) -> Opened | None:

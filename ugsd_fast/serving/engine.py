@@ -317,8 +317,10 @@ class BatchJudge:
         with self._one_at_a_time:
             verdicts = self._verifier.verify_batch(calls) if calls else []
         for index, prepared, verdict in zip(started, calls, verdicts, strict=True):
-            assert isinstance(verdict, Verdict)
-            outcomes[index] = prepared.session.finish(jobs[index][1], verdict)
+            if isinstance(verdict, Exception):
+                outcomes[index] = Refusal("refused", str(verdict))
+            else:
+                outcomes[index] = prepared.session.finish(jobs[index][1], verdict)
         return cast("list[Judged | Exception]", outcomes)
 
 

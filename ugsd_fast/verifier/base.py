@@ -31,7 +31,12 @@ class Verdict:
 
 
 class VerifierSession(Protocol):
-    """One request at a verifier, which keeps its own prompt, audio and cache."""
+    """One request at a verifier, which keeps its own prompt, audio and cache.
+
+    One behind a network has two methods more. ``submit`` asks as `verify` does, and returns a future. ``begin()`` is
+    called once, at most, as soon as it is certain that a block will be escalated, so that the verifier can have the
+    prompt computed when it comes; what goes wrong there is for `verify` to tell.
+    """
 
     @property
     def traffic(self) -> Traffic:

@@ -16,7 +16,7 @@ from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, filt
 from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import VerifyCall
-from ugsd_fast.errors import VerifierUnavailable
+from ugsd_fast.errors import attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -69,7 +69,7 @@ class LocalVerifier:
         return LocalSession(self.model, prepare, config, processed)
 
     @torch.inference_mode()
-    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
+    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | Exception]:
         """Judge blocks of several sessions of this verifier in one forward pass.
 
         Parameters
@@ -79,10 +79,17 @@ class LocalVerifier:
 
         Returns
         -------
-        list of Verdict
-            In the order of the calls. Sessions at their first block are prefilled one by one, all others share the
-            forward, and the verdicts come to the host in one copy.
+        list of Verdict or Exception
+            In the order of the calls; an exception where a prompt cannot be prepared, or has no room for the block.
+            Sessions at their first block share a forward where their audio has one shape, all others share another, and
+            the verdicts come to the host in one copy.
         """
+        ready = [attempt(call.session.check_room, call.committed, call.block) for call in calls]
+        able = [call for call, error in zip(calls, ready, strict=True) if error is None]
+        verdicts = iter(self._verify_together(able) if able else [])
+        return [next(verdicts) if error is None else error for error in ready]
+
+    def _verify_together(self, calls: Sequence[VerifyCall]) -> list[Verdict]:
         sessions: list[LocalSession] = [call.session for call in calls]
         feeds = [session.feed(call.committed, call.block) for session, call in zip(sessions, calls, strict=True)]
         asked = [index for index, feed in enumerate(feeds) if feed.keep]
@@ -100,7 +107,7 @@ class LocalVerifier:
         verdicts = [Verdict(int(n), int(token)) for n, token in zip(host[::2], host[1::2], strict=True)]
         for session, call, verdict in zip(sessions, calls, verdicts, strict=True):
             session.settle(call.block, verdict)
-        return list(verdicts)
+        return verdicts
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -183,6 +190,16 @@ class LocalSession:
         """Free the cache."""
         self._prepare = self._sequence = None
         self._next_logits = self._last_logits = None
+
+    def check_room(self, committed: Sequence[int], block: DraftBlock) -> None:
+        """Raise unless a block can be judged: the prompt cannot be prepared, or has no room for it.
+
+        Raises
+        ------
+        AudioError, ModelError
+            Naming the reason.
+        """
+        self.sequence.check_room(len(self._pending) + len(committed) + len(block))
 
     def feed(self, committed: Sequence[int], block: DraftBlock) -> Feed:
         """What the next forward has to append to judge a block."""

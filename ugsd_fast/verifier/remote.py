@@ -22,7 +22,7 @@ from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import DraftBlock
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import VerifyCall
-from ugsd_fast.errors import VerifierRefused, VerifierUnavailable
+from ugsd_fast.errors import VerifierRefused, VerifierUnavailable, attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.serving import protocol
 from ugsd_fast.serving.client import ClientSession, Endpoint, Patience
@@ -65,10 +65,10 @@ class RemoteVerifier:
 
     Notes
     -----
-    A session connects when it is opened and sends nothing of the request until the first block is escalated. Sequence
-    numbers make every block idempotent: lost replies and connections are repeated until the deadline, and a server
-    that has forgotten the session gets its audio and ids again. What happens behind the deadline is the decoder's
-    choice: `UGSDConfig.on_verifier_failure`.
+    A session connects when it is opened and sends nothing of the request until it is certain that a block will be
+    escalated (`RemoteSession.begin`). Sequence numbers make every block idempotent: lost replies and connections are
+    repeated until the deadline, and a server that has forgotten the session gets its audio and ids again. What happens
+    behind the deadline is the decoder's choice: `UGSDConfig.on_verifier_failure`.
     """
 
     def __init__(
@@ -198,16 +198,10 @@ class RemoteVerifier:
             self._level(self._endpoint.model)
         return RemoteSession(self, config, None if audio is None else load_audio(audio), prompt)
 
-    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | VerifierUnavailable]:
-        """Verdicts of several sessions, asked for at the same time."""
+    def verify_batch(self, calls: Sequence[VerifyCall]) -> list[Verdict | Exception]:
+        """Verdicts of several sessions, asked for at the same time; one that cannot be had is an exception."""
         futures = [call.session.submit(call.committed, call.block, bonus=call.bonus) for call in calls]
-        verdicts: list[Verdict | VerifierUnavailable] = []
-        for future in futures:
-            try:
-                verdicts.append(future.result())
-            except VerifierUnavailable as error:
-                verdicts.append(error)
-        return verdicts
+        return [attempt(future.result) for future in futures]
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Run a coroutine on the background thread."""
@@ -308,6 +302,10 @@ class RemoteSession:
         logits = pack_draft_logits(block.logits) if block.logits is not None else b""
         return self._verifier.run(self._judge(list(committed), list(block.token_ids), bonus, top_k, logits))
 
+    def begin(self) -> None:
+        """Send prompt and audio now, as a block is going to follow; does not wait."""
+        self._verifier.run(self._begin())
+
     def close(self) -> None:
         """End the session; does not wait."""
         with suppress(RuntimeError):  # the verifier was closed before
@@ -315,6 +313,9 @@ class RemoteSession:
 
     async def _connect_early(self) -> None:
         self._client.connect_early()
+
+    async def _begin(self) -> None:
+        self._client.begin()
 
     async def _judge(self, committed: list[int], draft: list[int], bonus: bool, top_k: int, logits: bytes) -> Verdict:
         verdict = await self._client.verify(committed, draft, bonus=bonus, top_k=top_k, logits=logits)
