@@ -131,6 +131,16 @@ def test_up_to_the_token_budget_and_no_longer_than_the_wait(machine: Callable[..
     assert one.log == ["a", "a+b", "c+d", "e"]
 
 
+def test_nobody_waits_for_idle_sessions(machine: Callable[..., Machine]) -> None:
+    one = machine(max_wait=0.5)
+    active, idle = one.session("a"), one.session("b")
+    settled(one, active, idle)
+    idle.last_used -= 1
+    began = time.monotonic()
+    one.scheduler.submit(active, BLOCK).result(5)
+    assert time.monotonic() - began < 0.4
+
+
 def test_a_long_prompt_does_not_stall_blocks(machine: Callable[..., Machine]) -> None:
     one = machine(prefill_chunk=1)
     short = one.session("s")

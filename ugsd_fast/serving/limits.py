@@ -38,7 +38,7 @@ class Limits:
     prefill_chunk : int
         Positions of prompts in one forward pass.
     max_wait : float
-        Seconds that a verify frame may wait for company, five times as long while prompts queue.
+        Seconds that a verify frame may wait for company while no forward runs.
     resume_seconds : float
         How long a session outlives its connection.
     retry_after : float

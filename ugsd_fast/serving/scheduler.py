@@ -16,7 +16,7 @@ from ugsd_fast.serving.metrics import Metrics
 from ugsd_fast.serving.sessions import Call, Judged, Refusal
 
 _LEAST_PIECE = 16  # positions that a piece counts for at least: a forward has a cost of its own
-_PATIENCE = 5  # times as long blocks wait for company while prompts queue: small batches would take their cores
+_ACTIVE = 0.5  # seconds since a session's last block within which the next one is waited for
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +95,7 @@ class Scheduler:
         self._states: dict[int, Schedulable] = {}
         self._computed: dict[int, Schedulable] = {}  # in a forward just now
         self._claims: dict[int, int] = {}  # bytes of keys and values
+        self._free_since = 0.0  # when the last forward over blocks ended
         self._closed = False
         turns = {"ugsd-blocks": self._judge_some, "ugsd-prompts": self._prefill_some}
         self._threads = [
@@ -178,8 +179,10 @@ class Scheduler:
         self._metrics.forward_seconds.observe(time.monotonic() - started)
         self._metrics.batch_sessions.observe(len(batch))
         with self._changed:
+            self._free_since = time.monotonic()
             for job, outcome in zip(batch, outcomes, strict=True):
                 del self._computed[id(job.state)]
+                job.state.last_used = self._free_since
                 if isinstance(outcome, Exception) or id(job.state) not in self._states:
                     self._forget(job.state)  # whatever is in the cache now, the next block finds a sound one
             if failure is not None and len(batch) > 1:
@@ -210,10 +213,10 @@ class Scheduler:
             batch.append(job)
         if not batch:
             return [], None
-        patience = self._limits.max_wait * (_PATIENCE if self._prompts else 1)
-        left = batch[0].arrived + patience - time.monotonic()
-        others = len(self._states) - len(self._prompts) - len(self._computed) - len(batch)
-        if others > 0 and tokens < self._limits.token_budget and not batch[0].alone and left > 0:
+        now = time.monotonic()
+        left = max(batch[0].arrived, self._free_since) + self._limits.max_wait - now
+        open_to_more = tokens < self._limits.token_budget and not batch[0].alone and left > 0
+        if open_to_more and self._expects_more(taken, now):
             return [], left
         for job in batch:
             self._jobs.remove(job)
@@ -227,6 +230,12 @@ class Scheduler:
             elif job.begin():
                 ready.append(job)
         return ready, 0.0
+
+    def _expects_more(self, taken: set[int], now: float) -> bool:
+        """Whether a session may send a block soon: one that is not taken, has its prompt, and was active of late."""
+        return any(
+            state.ready and key not in taken and now - state.last_used < _ACTIVE for key, state in self._states.items()
+        )
 
     def _queue_alone(self, batch: list[_Job]) -> None:
         """Queue blocks again, each for a forward of its own, with caches computed anew."""
