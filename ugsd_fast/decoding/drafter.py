@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -266,7 +267,7 @@ class Drafter:
         return num_accepted == self.drafted and guessed
 
     def _stopped(self, count: int) -> bool:
-        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]])
+        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]], None)
 
     def _ended(self, block: DraftBlock) -> bool:
         return bool(len(block)) and block.token_ids[-1] in self._ends
@@ -319,6 +320,7 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     logits: list[list[Tensor]] = [[] for _ in drafters]
     rivals: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
+    clock = time.perf_counter()
     for step in range(width):
         if tokens:
             _foretell(drafters, tokens, entropies)
@@ -340,10 +342,12 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
             for row, best in zip(active, z.topk(min(RUNNERS_UP + 1, z.shape[-1])).indices.split(1), strict=True):
                 rivals[row].append(best)
         if watched and step + 1 < width:
-            for row, nats in zip(active, entropy.tolist(), strict=True):
-                seen[row].append(nats)
+            nats = entropy.tolist()
+            before, clock = clock, time.perf_counter()
+            for row, value in zip(active, nats, strict=True):
+                seen[row].append(value)
                 stops = drafters[row].stops
-                if stops is not None and stops(seen[row]):
+                if stops is not None and stops(seen[row], clock - before):
                     lengths[row] = step + 1
         if len(active) < rows:
             where = torch.tensor(active, device=device)
