@@ -4,7 +4,8 @@ transformers never gives its drafter the audio (the assistant's first forward co
 inputs are dropped), so its assisted generation is timed twice: *stock*, and *hearing*, where the drafter's
 ``prepare_inputs_for_generation`` is told that the first forward is the first. Each is timed with its own default, up to
 20 tokens cut at a confidence of 0.4, with up to 64, and with 5; the decoder with up to 64 tokens under
-``adaptive="cost"``, and with 5. The fastest of its settings stands for each. Plain ``generate`` of the verifier, and ``custom_generate``, stand beside them.
+``adaptive="cost"``, and with 5. The fastest of its settings stands for each. Plain ``generate`` of the verifier, and
+``custom_generate``, stand beside them.
 
 The embedded pair decodes three demo clips one after another; noise on the drafter's weights makes it accept less. The
 tiny random pair is a Qwen2-Audio of two layers and noisy copies of it: its forwards are short, the loops around them
@@ -120,7 +121,8 @@ def measure(pair: Pair, settings: Settings) -> Row:
     lossless = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=() if ends is None else ends)
     by_cost = replace(lossless, adaptive="cost", max_block=64)
     decoders = {
-        name: Decoder(draft, LocalVerifier(verifier), config) for name, config in {FIXED: lossless, COST: by_cost}.items()
+        name: Decoder(draft, LocalVerifier(verifier), config)
+        for name, config in {FIXED: lossless, COST: by_cost}.items()
     }
     door = UGSDGenerate(draft, lambda inputs: inputs)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

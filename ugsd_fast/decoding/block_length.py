@@ -13,7 +13,7 @@ from typing import Protocol
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.trace import BlockRecord
 
-# Given the entropies of a block's tokens so far, nats, and the seconds that the newest took beside those before it (None
+# Given the entropies of a block's tokens so far, nats, and the seconds that the newest took behind the one before (None
 # where nobody measured): whether the block ends here.
 Stops = Callable[[Sequence[float], float | None], bool]
 
