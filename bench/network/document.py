@@ -119,8 +119,9 @@ def network(report: Row) -> Iterator[str]:
         if (row["device"], row["server"]) == STRONG_AT
     ]
     yield (
-        f"Of the device and the server of the sweep ({SWEPT[0]}, `{SWEPT[1]}`), at {BASE.rtt:g} ms. (With {STRONG_AT[0]} "
-        f"the drafter alone is {most:.2f}× as fast as cloud only: there {TARGETS[CLOUD_ONLY]:g}× cannot be had.)\n"
+        f"Of the device and the server of the sweep ({SWEPT[0]}, `{SWEPT[1]}`), at {BASE.rtt:g} ms. (With "
+        f"{STRONG_AT[0]} the drafter alone is {most:.2f}× as fast as cloud only: there {TARGETS[CLOUD_ONLY]:g}× "
+        "cannot be had.)\n"
     )
     yield "\n".join(verdict(target) for target in report["targets"]) + "\n"
     strong = report["strong_edge"]
