@@ -443,12 +443,15 @@ def test_errors_name_the_row(verifiers: dict[str, Tiny]) -> None:
     inputs = batch_of(target, 3)
     ugsd = UGSDGenerate(build("audioflamingo3", noise=0.1).model, lambda inputs: inputs)
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "custom_generate": ugsd}
+    target.model.generate(**inputs, **settings)
+    assert len(ugsd.results) == 3
     placeholder = int(inputs["input_ids"][1].mode().values)
     ids = inputs["input_ids"].clone()
     ids[1, (ids[1] == placeholder).int().argmax()] = 9
     with pytest.raises(ModelError, match="audio placeholders, expected") as raised:
         target.model.generate(**{**inputs, "input_ids": ids}, **settings)
     assert raised.value.__notes__ == ["row 2 of 3: inputs[1]"]
+    assert ugsd.results == []
     mask = inputs["attention_mask"].clone()
     mask[2, 5] = 0
     with pytest.raises(ModelError, match="row 3 of 3: the attention mask has zeros behind the prompt's first token"):

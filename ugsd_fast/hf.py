@@ -66,7 +66,7 @@ class UGSDGenerate:
     Attributes
     ----------
     results : list of Result
-        Trace and metrics of the last call, one a row.
+        Trace and metrics of the last call, one a row; none where it failed.
 
     Raises
     ------
@@ -126,6 +126,7 @@ class UGSDGenerate:
         **model_kwargs: Any,
     ) -> Any:
         """Decode what ``generate`` has prepared."""
+        self.results = []
         _refuse_what_generate_keeps()
         _refuse_settings(generation_config, model_kwargs)
         _refuse_positions(input_ids, model_kwargs)

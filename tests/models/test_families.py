@@ -107,7 +107,7 @@ def test_a_batch_is_every_requests_own_generate(family: str, verifiers: dict[str
                 max_new_tokens=TOKENS,
                 max_batch_size=3,
             )
-        assert calls == ([4, 4] if family in ("whisper", "moonshine") else [2, 2])  # of three together, then of one
+        assert calls == ([4, 4] if family == "moonshine" else [2, 2])  # of three together, then of one; padded: each
         assert [result.tokens for result in results] == cut
 
 

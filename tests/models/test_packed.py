@@ -62,7 +62,46 @@ def test_a_packed_forward_equals_one_of_each(family: str) -> None:
             inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # padded clips take their own
         return audio_lm.open(inputs)
 
-    check_equal(tiny.model, opened, first=3 if family in ("whisper", "moonshine") else 1)
+    check_equal(tiny.model, opened)
+
+
+@pytest.mark.parametrize("family", ["whisper", "moonshine"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_encoder_decoders_begin_together_where_their_clips_have_one_length(family: str, attention: str) -> None:
+    tiny = build(family)
+    tiny.model.set_attn_implementation(attention)
+    audio_lm, name = AudioLM(tiny.model), "input_features" if family == "whisper" else "input_values"
+    heard = tiny.model.get_encoder()(tiny.inputs(1)[name])
+
+    def inputs(clip: int) -> dict[str, Any]:
+        made = {name: tiny.inputs(clip)[name], "decoder_input_ids": torch.arange(3, 5 + clip)[None]}
+        if clip >= 3:  # what another has heard for it
+            return {"encoder_outputs": heard, "decoder_input_ids": made["decoder_input_ids"]}
+        if family == "moonshine":
+            made["attention_mask"] = torch.ones_like(made[name], dtype=torch.long)
+            if clip == 2:
+                made = {key: value[:, :-300] if key != "decoder_input_ids" else value for key, value in made.items()}
+        return made
+
+    clips: list[int] = []
+    hook = tiny.model.get_encoder().register_forward_pre_hook(
+        lambda _, args, kwargs: clips.append(len(args[0] if args else kwargs[name])), with_kwargs=True
+    )
+    check_equal(tiny.model, lambda row: audio_lm.open(inputs(row)), rows=5, first=3 if family == "moonshine" else 2)
+    hook.remove()
+    alone = [1, 1, 1]  # of the sequences that `check_equal` compares with
+    assert clips == ([2, 1] if family == "moonshine" else [3]) + alone
+
+
+def test_padded_audio_of_an_encoder_decoder_takes_forwards_of_its_own() -> None:
+    """Its mask is its own; and cut off, the padding would change what the encoder's normalisation over time makes."""
+    tiny = build("moonshine")
+    inputs = tiny.inputs(1)
+    new = torch.zeros(1, 0, dtype=torch.long)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    assert AudioLM(tiny.model).open(inputs).pack_key(new) is not None
+    inputs["attention_mask"][:, -400:] = 0
+    assert AudioLM(tiny.model).open(inputs).pack_key(new) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

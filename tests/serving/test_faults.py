@@ -193,6 +193,17 @@ def test_nothing_begins_where_the_verifier_is_not_asked(net: Net) -> None:
         assert not net.hubs[0].sessions
 
 
+def test_a_deadline_that_strikes_as_a_try_fails_still_ends_the_wait(net: Net) -> None:
+    """Each try fails at once and the next follows at once, so that deadlines and failures meet."""
+    eager = replace(IMPATIENT, failures=10**6, first_delay=0.0, longest_delay=0.0, deadline=0.002)
+    with net.verifier(patience=eager) as verifier:
+        net.up[0] = False
+        session = verifier.open(GREEDY, prompt="p")
+        for _ in range(300):
+            with pytest.raises(VerifierUnavailable, match="no verdict within"):
+                session.submit([], block([1]), bonus=False).result(timeout=20)
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 5
     while not condition():

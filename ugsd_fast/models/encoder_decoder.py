@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
 
 from ugsd_fast.cache import new_cache
 from ugsd_fast.errors import ModelError
@@ -38,14 +39,13 @@ class EncoderDecoderSequence(CachedSequence):
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], heard: Any = None):
         self.model = model
-        self._audio = dict(inputs)
-        self._audio_mask = self._audio.get("attention_mask")
-        self._start = decoder_prompt(model, self._audio)
-        self._audio.pop("decoder_input_ids", None)
+        self._prompt = dict(inputs)  # of the encoder
+        self._audio_mask = self._prompt.get("attention_mask")
+        self._start = decoder_prompt(model, self._prompt)
+        self._prompt.pop("decoder_input_ids", None)
         self._heard = heard
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
-        self._prompt = {}
         self._toggles_adapter = self._hears = False
         self.length = 0
         self.forwards = 0
@@ -58,8 +58,7 @@ class EncoderDecoderSequence(CachedSequence):
         ids = torch.cat([self._start, tokens], dim=1) if first else tokens
         self.check_room(ids.shape[1])
         if self._heard is None:
-            self._heard = self.model.get_encoder()(**self._audio)
-            self._audio.clear()
+            self._heard = self.model.get_encoder()(**self._prompt)
         positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
         with last_logits(self.model, keep if first else 0) as extra:
             logits = self.model(
@@ -71,13 +70,33 @@ class EncoderDecoderSequence(CachedSequence):
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
+    def pack_key(self, tokens: Tensor) -> Hashable:
+        """As `CachedSequence.pack_key`; what was heard is of one length, too."""
+        key = super().pack_key(tokens)
+        return key if self.length or key is None or self._heard is None else (key, self._heard[0].shape)
+
+    def prompt_inputs(self) -> dict[str, Any]:
+        """The decoder's prompt as ``input_ids`` and the encoder's inputs; see `CachedSequence.prompt_inputs`."""
+        return {} if self.length else {"input_ids": self._start, **self._prompt}
+
+    def hear(self, sequences: Sequence[Any], audio: dict[str, Any]) -> dict[str, Any]:
+        """Run the encoder on all clips in one batch; what it heard goes to the decoder side by side [1, B·S, D]."""
+        if self.length:
+            return audio
+        if self._heard is None:
+            heard = self.model.get_encoder()(**audio)
+            for row, sequence in enumerate(sequences):
+                sequence._heard = row_of(heard, row)
+        states = torch.cat([sequence._heard[0] for sequence in sequences], 1)
+        return {"encoder_outputs": type(self._heard)(last_hidden_state=states), "attention_mask": None}
+
     @cached_property
     def _packs(self) -> bool:
         # Padded audio is masked for its own request only.
         return (self._audio_mask is None or bool(self._audio_mask.all())) and super()._packs
 
     def _begins_packed(self, tokens: Tensor) -> bool:
-        return False  # the encoder runs apart from the tokens
+        return self._heard is None or isinstance(self._heard, ModelOutput)
 
     def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward that append tokens to what the decoder has written."""
@@ -97,6 +116,14 @@ class EncoderDecoderSequence(CachedSequence):
                 f"{type(self.model).__name__}: the decoder would hold {self.length + count} tokens, "
                 f"expected at most {limit}"
             )
+
+
+def row_of(value: Any, row: int) -> Any:
+    """One row of a tensor or of what an encoder has put out, as a batch of one."""
+    if isinstance(value, ModelOutput):
+        tensors = {name: part for name, part in value.items() if isinstance(part, Tensor)}
+        return type(value)(**{name: part[row : row + 1] for name, part in tensors.items()})
+    return value[row : row + 1]
 
 
 def decoder_prompt(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

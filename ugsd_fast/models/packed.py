@@ -39,8 +39,8 @@ def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor]
     sequences : sequence of CachedSequence
         Of batch 1 each, and all of one model. Those that begin share a forward of their own, in which the audio tower
         hears all their clips, where these have one shape. What cannot be taken apart gets a forward each: padded
-        prompts, attention implementations other than SDPA, eager and FlashAttention, transformers' own caches, and the
-        first forward of an encoder-decoder.
+        prompts, padded audio of an encoder-decoder, attention implementations other than SDPA, eager and
+        FlashAttention, and transformers' own caches.
     tokens : sequence of LongTensor[1, q]
         What to append to each.
     keep : sequence of int
@@ -109,7 +109,7 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
         wanted = wanted.to(ids.device, non_blocking=True)
     caches: list[Any] = [sequence.cache for sequence in sequences]
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
-    arguments = {**first.step_kwargs(ids, positions, no_mask), **audio}
+    arguments = {**first.step_kwargs(ids, positions, no_mask), **first.hear(sequences, audio)}
     with _intercepted(model) as attention, last_logits(model, wanted) as extra:
         cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
         if isinstance(caches[0], EncoderDecoderCache):
@@ -191,18 +191,9 @@ class _PackedEncoderDecoderCache(EncoderDecoderCache):
     """Beside it, what each request has heard."""
 
     def __init__(self, own: Cache, caches: Sequence[EncoderDecoderCache], counts: Sequence[int]):
-        heard: list[list[Any]] = [cache.cross_attention_cache.layers for cache in caches]
         self.self_attention_cache: Any = own
-        self.cross_attention_cache: Any = _Heard(
-            [
-                _HeardLayer(
-                    Ragged([layer.keys for layer in layers], counts, None),
-                    Ragged([layer.values for layer in layers], counts, None),
-                )
-                for layers in zip(*heard, strict=True)
-            ]
-        )
-        self.is_updated = dict.fromkeys(range(len(heard[0])), True)
+        self.cross_attention_cache: Any = _Heard(caches, counts)
+        self.is_updated = dict.fromkeys(range(len(self.cross_attention_cache.layers)), True)
 
 
 class _HeardLayer:
@@ -211,8 +202,29 @@ class _HeardLayer:
 
 
 class _Heard:
-    def __init__(self, layers: list[_HeardLayer]):
-        self.layers = layers
+    """Keys and values of the cross-attention; without layers, until the first forward has made them."""
+
+    def __init__(self, caches: Sequence[EncoderDecoderCache], counts: Sequence[int]):
+        self._caches = caches
+        self._counts = counts
+        heard: list[list[Any]] = [cache.cross_attention_cache.layers for cache in caches]
+        self.layers = [
+            _HeardLayer(
+                Ragged([layer.keys for layer in layers], counts, None),
+                Ragged([layer.values for layer in layers], counts, None),
+            )
+            for layers in zip(*heard, strict=True)
+        ]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Ragged, Ragged]:
+        """Hand each request its own part of the states [1, H, B·S, D]."""
+        count = keys.shape[2] // len(self._caches)
+        parts = []
+        for cache, key, value in zip(self._caches, keys.split(count, 2), values.split(count, 2), strict=True):
+            parts.append(cache.cross_attention_cache.update(key, value, layer_idx))
+            cache.is_updated[layer_idx] = True
+        own_keys, own_values = zip(*parts, strict=True)
+        return Ragged(own_keys, self._counts, None), Ragged(own_values, self._counts, None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.audio_lm import AudioLM, without_padding
+from ugsd_fast.models.encoder_decoder import row_of
 from ugsd_fast.models.sequence import CLIP_INPUTS
 
 _OF_CLIPS = CLIP_INPUTS | {"audio_feature_lengths"}
@@ -105,18 +106,11 @@ def _heard_rows(model: AudioLM, inputs: dict[str, Any], keep_padding: bool) -> l
     _check_padding(mask)
     if keep_padding and mask is not None and not bool(mask.all()):
         raise ModelError("an encoder-decoder's prompts have padding, expected prompts of one length")
-    rows = [{name: _row_of(value, row) for name, value in inputs.items()} for row in range(count)]
+    rows = [{name: row_of(value, row) for name, value in inputs.items()} for row in range(count)]
     for row, own in zip(rows, [] if mask is None else mask.split(1)):
         prompt = {"input_ids": row["decoder_input_ids"], "attention_mask": own}
         row["decoder_input_ids"] = without_padding(prompt)["input_ids"]
     return rows
-
-
-def _row_of(value: Any, row: int) -> Any:
-    if isinstance(value, ModelOutput):
-        tensors = {name: part for name, part in value.items() if isinstance(part, Tensor)}
-        return type(value)(**{name: part[row : row + 1] for name, part in tensors.items()})
-    return value[row : row + 1]
 
 
 def _check_padding(mask: Tensor | None) -> None:

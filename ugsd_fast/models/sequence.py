@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import Any
@@ -163,6 +163,10 @@ class CachedSequence:
     def prompt_inputs(self) -> dict[str, Any]:
         """What the first forward is given beside the tokens, the prompt's ``input_ids`` with it; later ones nothing."""
         return {} if self.length else {**self._prompt, **self._first_kwargs}
+
+    def hear(self, sequences: Sequence[CachedSequence], audio: dict[str, Any]) -> dict[str, Any]:
+        """What a forward that `sequences` begin with is given of their `audio`, batched; nothing in later ones."""
+        return audio
 
     def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward that append tokens behind the prompt."""

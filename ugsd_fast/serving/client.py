@@ -218,6 +218,7 @@ class ClientSession:
         self._known: list[int] = []  # of the caption, as of the last verdict
         self._draws = 0
         self._trouble = "no reply"  # the last
+        self._until = 0.0  # of the loop's clock: when a verdict is too late
         self._alone = True  # no draft so far: the verifier writes the caption
         self._stream: Generate | None = None
         self._streamed = 0
@@ -261,6 +262,7 @@ class ClientSession:
         if not breaker.allows():
             work.close()  # type: ignore[attr-defined]
             raise VerifierUnavailable(f"verifier {self._endpoint.url}: failed before, not asked for now")
+        self._until = asyncio.get_running_loop().time() + self._patience.deadline
         try:
             reply = await asyncio.wait_for(work, self._patience.deadline)
         except asyncio.TimeoutError:
@@ -368,7 +370,10 @@ class ClientSession:
             except _Refused as refused:
                 self._trouble = str(refused)
                 wait = await self._heed(refused.error)
-            delay = min(self._patience.first_delay * 2**tries, self._patience.longest_delay)
+            if asyncio.get_running_loop().time() >= self._until:
+                # Before Python 3.12, an inner wait_for that ends just as it is cancelled loses the cancellation.
+                raise asyncio.TimeoutError
+            delay = min(self._patience.first_delay * 2 ** min(tries, 30), self._patience.longest_delay)
             tries += 1
             await asyncio.sleep(wait + delay * random.uniform(0.5, 1.0))
 
