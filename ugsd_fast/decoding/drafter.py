@@ -296,9 +296,11 @@ class Drafter:
         """Positions where this line is uncertain, with each runner-up there; a position comes once."""
         if block is not None and block is not self._flying:
             self._flying = block
-            worst = max(range(len(block)), key=block.entropy.__getitem__)
-            if all(position != worst for position, _ in self._forks):
-                yield from ((worst, token) for token in self._runners_up(block, worst))
+            known = {position for position, _ in self._forks}
+            uncertain = [k for k, nats in enumerate(block.entropy) if nats > self.config.entropy_threshold]
+            for position in uncertain or [max(range(len(block)), key=block.entropy.__getitem__)]:
+                if position not in known:
+                    yield from ((position, token) for token in self._runners_up(block, position))
         while self._doubted < len(self.buffer):
             step, position = self.buffer[self._doubted], self.drafted + self._doubted
             self._doubted += 1
