@@ -23,7 +23,7 @@ test-arm:
 bench: .venv/.installed
 	$(BIN)/python -m bench.run
 
-# Captions over a shaped link between two network namespaces (root, Linux; some 10 minutes), and one server under load
+# Captions over a shaped link between two network namespaces (root, Linux; some 15 minutes), and one server under load
 # (some 6 minutes); each writes docs/network.md anew.
 bench-network: .venv/.installed
 	$(BIN)/python -m bench.network.latency --json bench/results/network.json

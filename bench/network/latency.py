@@ -18,11 +18,13 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -41,8 +43,12 @@ from ugsd_fast.serving.link import Link as Connection
 
 EDGE, CLOUD_ONLY, FIXED, FIXED_AHEAD = "edge only", "cloud only", "fixed blocks", "fixed blocks + ahead"
 UGSD, AHEAD = "UGSD", "UGSD + ahead"
+ONE, WHOLE, WHOLE_ONE = "one branch", "whole blocks", "whole blocks, one branch"
 STRONG = "30B on the device"
-MAX_AHEAD, BRANCHES = 15, 8
+MAX_AHEAD, BRANCHES = 40, 8
+SWEPT = constants.ORIN, constants.TRANSFORMERS  # the device and the server of the sweep over conditions
+STRONG_AT = constants.ORIN_NANO, constants.TRANSFORMERS  # the 30B does not fit into that device's memory
+CLIPS, PAIR_CLIPS = 6, 4  # of the sweep and of each pair
 BASE = Conditions(rtt=50, loss=0, rate=10)
 GRID = [
     *(replace(BASE, rtt=rtt) for rtt in (20.0, 50.0, 100.0, 200.0)),
@@ -85,15 +91,26 @@ class Bench:
     def decoders(self) -> dict[str, Decoder]:
         """The methods."""
         draft, remote = self.pair.draft, self.verifier
-        greedy = UGSDConfig(rule="greedy", block_size=5, always_escalate=True)
-        gated = replace(self.pair.config, adaptive="entropy", max_block=5)  # ends at the first uncertain token
+        lossless = replace(self.pair.config, rule="greedy", always_escalate=True)
+        gated = replace(self.pair.config, adaptive="entropy", max_block=5)  # a block ends at its first uncertain token
+        ahead: dict[str, Any] = {"ahead": MAX_AHEAD, "branches": BRANCHES}
         return {
             EDGE: Decoder(draft, None, gated),
-            CLOUD_ONLY: Decoder(None, remote, greedy),
-            FIXED: Decoder(draft, remote, greedy),
-            FIXED_AHEAD: Decoder(draft, remote, replace(greedy, ahead=MAX_AHEAD)),
+            CLOUD_ONLY: Decoder(None, remote, lossless),
+            FIXED: Decoder(draft, remote, lossless),
+            FIXED_AHEAD: Decoder(draft, remote, replace(lossless, **ahead)),
             UGSD: Decoder(draft, remote, gated),
-            AHEAD: Decoder(draft, remote, replace(gated, ahead=MAX_AHEAD, branches=BRANCHES)),
+            AHEAD: Decoder(draft, remote, replace(gated, **ahead)),
+        }
+
+    def variants(self) -> dict[str, Decoder]:
+        """UGSD + ahead without what it owes its speed to."""
+        draft, remote, plain = self.pair.draft, self.verifier, self.pair.config
+        gated = replace(plain, adaptive="entropy", max_block=5)
+        return {
+            ONE: Decoder(draft, remote, replace(gated, ahead=MAX_AHEAD)),
+            WHOLE: Decoder(draft, remote, replace(plain, ahead=MAX_AHEAD, branches=BRANCHES)),
+            WHOLE_ONE: Decoder(draft, remote, replace(plain, ahead=MAX_AHEAD)),
         }
 
     def caption(self, decoder: Decoder, clip: Path, *, cold: bool = False) -> Row:
@@ -119,13 +136,15 @@ class Bench:
             "downlink_bytes": metrics.downlink_bytes,
         }
 
-    def measure(self, device: Pace, server: Pace, *, cold: bool = False) -> dict[str, Row]:
+    def measure(
+        self, device: Pace, server: Pace, clips: int, *, cold: bool = False, variants: bool = False
+    ) -> dict[str, Row]:
         """All methods in turns on every clip."""
         self.server.pace(server)
-        decoders = self.decoders()
+        decoders = self.decoders() | (self.variants() if variants else {})
         rows: dict[str, list[Row]] = {name: [] for name in decoders}
         with paced(self.pair.draft.model, device):
-            for shift, clip in enumerate(self.heard):
+            for shift, clip in enumerate(self.heard[:clips]):
                 names = list(decoders)
                 for name in names[shift:] + names[:shift]:
                     rows[name].append(self.caption(decoders[name], clip, cold=cold))
@@ -159,16 +178,48 @@ def summary(samples: Sequence[Row], rows: dict[str, list[Row]]) -> Row:
         "downlink_bytes",
     )
     ahead = rows[AHEAD]
-    speed = [row["tokens"] / row["latency"] for row in samples]
-    ours = [row["tokens"] / row["latency"] for row in ahead]
+    speed, ours, drafter = ([row["tokens"] / row["latency"] for row in of] for of in (samples, ahead, rows[EDGE]))
     return {
         "latency": spread(latency),
         "first": spread([row["first"] for row in samples]),
         "tokens_per_second": spread(speed),
         "ahead_faster": spread([mine / theirs for mine, theirs in zip(ours, speed, strict=True)]),
         "ahead_latency": spread([theirs["latency"] / mine["latency"] for mine, theirs in zip(ahead, samples)]),
+        "edge_faster": spread([mine / theirs for mine, theirs in zip(drafter, speed, strict=True)]),
         "same_as_cloud": statistics.mean(agreeing),
         **{name: statistics.mean(row[name] for row in samples) for name in means},
+    }
+
+
+def without_network(pair: EmbeddedPair) -> Row:
+    """UGSD on all clips, both models here and as fast as they are: what is sent up, and what comes of it."""
+    config = replace(pair.config, adaptive="entropy", max_block=5)
+    steps: list[torch.Tensor] = []  # the drafter's logits, forward by forward
+    hook = pair.draft.model.register_forward_hook(lambda *call: steps.append(call[-1].logits[0, -1]))
+    shares, same, alone = [], [], []
+    ranks: Counter[int] = Counter()
+    for clip in clips():
+        request = {"prompt": pair.prompt, "max_new_tokens": pair.max_new_tokens}
+        cloud = Decoder(None, pair.verifier, replace(config, rule="greedy")).generate(clip.path, **request)
+        alone.append(Decoder(pair.draft, None, config).generate(clip.path, **request).tokens == cloud.tokens)
+        steps.clear()
+        result = Decoder(pair.draft, pair.verifier, config).generate(clip.path, **request)
+        same.append(result.tokens == cloud.tokens)
+        shares.append(result.metrics.escalated_share)
+        drafted = 0
+        for block in result.trace.blocks:
+            if block.num_accepted < len(block.draft_tokens):
+                logits = steps[drafted + block.num_accepted]
+                ranks[int((logits > logits[block.emitted[-1]]).sum()) + 1] += 1
+            drafted += len(block.draft_tokens)
+    hook.remove()
+    return {
+        "clips": len(same),
+        "same_as_cloud": sum(same),
+        "edge_same_as_cloud": sum(alone),
+        "escalated": statistics.mean(shares),
+        "most_escalated": max(shares),
+        "corrections_by_rank": {str(rank): ranks[rank] for rank in sorted(ranks)},
     }
 
 
@@ -195,9 +246,11 @@ def judged(report: Row) -> list[Row]:
         }
         for name, least in TARGETS.items()
     ]
-    if "strong_edge" in report:
-        faster = methods[AHEAD]["tokens_per_second"]["median"] / report["strong_edge"]["tokens_per_second"]
-        found.append({"of": f"tokens/s of {AHEAD} over {STRONG}", "at_least": STRONG_TARGET, "measured": faster})
+    strong = [row["methods"] for row in report.get("pairs", []) if (row["device"], row["server"]) == STRONG_AT]
+    if strong and "strong_edge" in report:
+        faster = strong[0][AHEAD]["tokens_per_second"]["median"] / report["strong_edge"]["tokens_per_second"]
+        name = f"tokens/s of {AHEAD} over {STRONG} ({STRONG_AT[0]})"
+        found.append({"of": name, "at_least": STRONG_TARGET, "measured": faster})
     found.append(
         {"of": f"tokens sent up by {AHEAD}", "at_most": UPLINK_TARGET, "measured": methods[AHEAD]["escalated"]}
     )
@@ -275,24 +328,26 @@ def bench(quick: bool, count: int) -> Iterator[tuple[Bench, Link | None]]:
         yield Bench(pair, verifier, connections, server, server.url, [clip.path for clip in clips()[:count]]), link
 
 
-def sweep(made: Bench, link: Link, device: Pace, server: Pace) -> list[Row]:
-    """One device and one server under all conditions."""
+def sweep(made: Bench, link: Link, device: Pace, server: Pace, count: int) -> list[Row]:
+    """One device and one server under all conditions; with the variants at the first target's."""
     rows = []
     for conditions in GRID:
         link.set(conditions)
         row: Row = {"conditions": asdict(conditions), "echo_ms": echo_rtt(ADDRESSES[CLOUD])}
-        row["methods"] = made.measure(device, server)
-        rows.append(row)
+        row["methods"] = made.measure(device, server, count, variants=conditions == BASE)
         print_row(row)
+        if conditions == BASE:
+            row["variants"] = {name: row["methods"].pop(name) for name in made.variants()}
+        rows.append(row)
     return rows
 
 
-def pairs(made: Bench, link: Link, servers: dict[str, Pace]) -> list[Row]:
+def pairs(made: Bench, link: Link, servers: dict[str, Pace], count: int) -> list[Row]:
     """Every device with every server."""
     link.set(BASE)
     rows = []
     for (device, device_pace), (server, server_pace) in product(constants.DEVICES.items(), servers.items()):
-        row: Row = {"device": device, "server": server, "methods": made.measure(device_pace, server_pace)}
+        row: Row = {"device": device, "server": server, "methods": made.measure(device_pace, server_pace, count)}
         rows.append(row)
         print_row(row)
     return rows
@@ -302,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.network.latency", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="loopback, one clip, no delays: whether it runs")
-    parser.add_argument("--clips", type=int, default=3)
+    parser.add_argument("--clips", type=int, default=CLIPS, help="of the sweep")
+    parser.add_argument("--pair-clips", type=int, default=PAIR_CLIPS, help="of each device with each server")
     parser.add_argument("--part", choices=("sweep", "pairs"), default=None, help="by default both")
     parser.add_argument("--servers", nargs="+", default=[], metavar="NAME", help="of the pairs; the others are kept")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="parts that are not run are kept in it")
@@ -314,12 +370,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part and options.json is not None and options.json.exists():
         report = json.loads(options.json.read_text(encoding="utf-8"))
     report |= {"schema": SCHEMA, "date": now(), "machine": machine(), "quick": options.quick}
-    report["settings"] = {"ahead": MAX_AHEAD, "branches": BRANCHES, "block_size": 5, "clips": options.clips}
+    report["settings"] = {"ahead": MAX_AHEAD, "branches": BRANCHES}
+    report["settings"] |= {"clips": options.clips, "pair_clips": options.pair_clips}
     own = constants.dispatch(1, layers=1) if options.quick else constants.dispatch()
     servers = {constants.TRANSFORMERS: own, **constants.SERVERS}
     none = Pace(0.0, 0.0, 0.0, "as fast as it is")
-    with bench(options.quick, 1 if options.quick else options.clips) as (made, link):
-        warm = made.measure(none, none)
+    with bench(options.quick, max(options.clips, options.pair_clips)) as (made, link):
+        report["settings"]["threshold"] = made.pair.config.entropy_threshold
+        warm = made.measure(none, none, 1)
+        if not options.quick:
+            report["without_network"] = without_network(made.pair)
         if link is None:
             report["sweep"] = [{"conditions": asdict(BASE), "methods": warm}]
         else:
@@ -329,8 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             described[STRONG] = asdict(constants.strong_on_device())
             if options.part != "pairs":
                 report["sweep_paces"] = described
-                device = constants.DEVICES[constants.ORIN_NANO]
-                report["sweep"] = sweep(made, link, device, own)
+                report["sweep"] = sweep(made, link, constants.DEVICES[SWEPT[0]], servers[SWEPT[1]], options.clips)
                 report["strong_edge"] = strong_edge(made.pair, made.heard[0])
             if options.part != "sweep":
                 chosen = {name: servers[name] for name in options.servers or servers}
@@ -338,9 +397,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 described["servers"] |= {name: pace for name, pace in before.items() if name not in chosen}
                 report["pairs_paces"] = described
                 kept = [row for row in report.get("pairs", []) if row["server"] not in chosen]
-                report["pairs"] = kept + pairs(made, link, chosen)
+                report["pairs"] = kept + pairs(made, link, chosen, options.pair_clips)
                 if not options.servers:
-                    report["cold"] = made.measure(constants.DEVICES[constants.ORIN_NANO], own, cold=True)
+                    device, server = constants.DEVICES[SWEPT[0]], servers[SWEPT[1]]
+                    report["cold"] = made.measure(device, server, options.clips, cold=True)
     if "sweep" in report:
         report["targets"] = judged(report)
         for target in report["targets"]:

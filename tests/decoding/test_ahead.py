@@ -94,13 +94,13 @@ def test_captions_do_not_depend_on_it(rule: str, ahead: int, branches: int, pair
         for ours, theirs in zip(result.trace.blocks, plain.trace.blocks, strict=False):
             assert ours.entropy == pytest.approx(theirs.entropy, abs=1e-4)
         assert result.metrics.wasted_drafts == sum(block.wasted for block in result.trace.blocks)
-        assert result.metrics.drafter_forwards >= plain.metrics.drafter_forwards
+        if branches == 1:  # forks draft in the same forwards what would else be drafted behind a correction
+            assert result.metrics.drafter_forwards >= plain.metrics.drafter_forwards
         wasted += result.metrics.wasted_drafts
         used += result.metrics.drafter_forwards == plain.metrics.drafter_forwards + result.metrics.wasted_drafts
     assert wasted > 0 or rule.startswith("rank")
-    assert (
-        used or config.appends_bonus or branches > 1
-    )  # a token that was guessed rightly was drafted, and is in no block
+    # A token that was guessed rightly was drafted, and is in no block.
+    assert used or config.appends_bonus or branches > 1
 
 
 @pytest.mark.parametrize("rule", ["exact", "block"])

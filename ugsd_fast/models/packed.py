@@ -109,7 +109,7 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     starts = [sequence.length for sequence in sequences]
     spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
     positions = torch.tensor([[position for span in spans for position in span]]).to(ids.device, non_blocking=True)
-    wanted: int | Tensor = 0
+    wanted: Tensor | None = None
     if sum(keep) < ids.shape[1]:
         ends = list(accumulate(counts))
         wanted = torch.tensor([at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)])
@@ -117,11 +117,16 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     caches: list[Any] = [sequence.cache for sequence in sequences]
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
     arguments = {**first.step_kwargs(ids, positions, no_mask), **first.hear(sequences, audio)}
-    with _intercepted(model) as attention, last_logits(model, wanted) as extra:
+    text = first.text_part()
+    with _intercepted(model) as attention:
         cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
         if isinstance(caches[0], EncoderDecoderCache):
             cache = _PackedEncoderDecoderCache(cache, caches, counts)
-        logits = model(**arguments, past_key_values=cache, use_cache=True, **extra).logits[0]
+        if text is not None:
+            logits = text(arguments, cache, wanted)[0]
+        else:
+            with last_logits(model, wanted) as extra:
+                logits = model(**arguments, past_key_values=cache, use_cache=True, **extra).logits[0]
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.appended(count)
     return logits

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.drafter import Block, DraftBlock
 from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.decoding.vocabulary import fingerprint
 from ugsd_fast.errors import ModelError, UGSDError
@@ -141,7 +141,7 @@ class ServedSession(LocalSession):
         tokens = torch.tensor([list(call.draft)], dtype=torch.long).reshape(1, -1)
         return DraftBlock(tokens, _draft_logits(call, self._vocab_size), tuple(call.draft), (), 0.0, True)
 
-    def accept(self, block: DraftBlock, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
+    def accept(self, block: Block, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
         """As `LocalSession.accept`, with the verifier's best tokens taken down where they were asked for."""
         if self._top_k:
             known = self._next_logits if feed.keep == len(block) else None
