@@ -63,6 +63,53 @@ PyObject* lm_head_stats(Arguments& in) {
   return out.release();
 }
 
+// Requests of a packed forward: a list of keys' and values' addresses, capacity, tokens and new tokens, one after the
+// other.
+std::vector<PackedRequest> packed_requests(PyObject* list) {
+  std::vector<PackedRequest> requests(static_cast<size_t>(PyList_GET_SIZE(list) / 5));
+  Py_ssize_t at = 0;
+  const auto address = [&] { return static_cast<float*>(PyLong_AsVoidPtr(PyList_GET_ITEM(list, at++))); };
+  const auto number = [&] { return PyLong_AsLongLong(PyList_GET_ITEM(list, at++)); };
+  for (PackedRequest& request : requests) {
+    request.keys = address();
+    request.values = address();
+    request.capacity = number();
+    request.tokens = number();
+    request.count = number();
+  }
+  if (PyErr_Occurred()) throw Raised();
+  return requests;
+}
+
+// keys [1, H, N, D], values, requests
+PyObject* append_slots(Arguments& in) {
+  const dlpack::Tensor keys = borrow(in.object()), values = borrow(in.object());
+  const std::vector<PackedRequest> requests = packed_requests(in.object());
+  std::optional<py::gil_scoped_release> release;
+  release.emplace();
+  ugsd::append_slots({requests.data(), static_cast<int64_t>(requests.size()), keys.shape[1], keys.shape[3],
+                      values.shape[3], static_cast<const float*>(keys.data), static_cast<const float*>(values.data),
+                      keys.strides[1], keys.strides[2], values.strides[1], values.strides[2]});
+  release.reset();
+  Py_RETURN_NONE;
+}
+
+// query [1, H, N, D], out [1, N, H, D'], requests, kv_heads, scale, threads
+PyObject* packed_attention(Arguments& in) {
+  const dlpack::Tensor query = borrow(in.object()), out = borrow(in.object());
+  const std::vector<PackedRequest> requests = packed_requests(in.object());
+  const int64_t kv_heads = in.integer();
+  const auto scale = static_cast<float>(in.number());
+  const auto threads = static_cast<int>(in.integer());
+  std::optional<py::gil_scoped_release> release;
+  release.emplace();
+  table->packed_attention({requests.data(), static_cast<int64_t>(requests.size()), query.shape[1], kv_heads,
+                           query.shape[3], out.shape[3], static_cast<const float*>(query.data), query.strides[1],
+                           query.strides[2], scale, static_cast<float*>(out.data), threads});
+  release.reset();
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"use_tensors_of", use_tensors_of, METH_O, "Read and make tensors by the C functions of this type."},
     method<python::token_stats<Cpu>>("token_stats"),
@@ -73,6 +120,8 @@ PyMethodDef methods[] = {
     method<python::accept_block<Cpu>>("accept_block"),
     method<python::kv_compact<Cpu>>("kv_compact"),
     method<lm_head_stats>("lm_head_stats"),
+    method<append_slots>("append_slots"),
+    method<packed_attention>("packed_attention"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -3,8 +3,9 @@
 transformers never gives its drafter the audio (the assistant's first forward counts as a later one, from which audio
 inputs are dropped), so its assisted generation is timed twice: *stock*, and *hearing*, where the drafter's
 ``prepare_inputs_for_generation`` is told that the first forward is the first. Each is timed with its own default, up to
-20 tokens cut at a confidence of 0.4, and with 5; so is the decoder, with up to 20 tokens cut at an entropy, and with 5.
-The faster of two stands for each. Plain ``generate`` of the verifier, and ``custom_generate``, stand beside them.
+20 tokens cut at a confidence of 0.4, with up to 64, and with 5; the decoder with up to 64 tokens under
+``adaptive="cost"``, and with 5. The fastest of its settings stands for each. Plain ``generate`` of the verifier, and
+``custom_generate``, stand beside them.
 
 The embedded pair decodes three demo clips one after another; noise on the drafter's weights makes it accept less. The
 tiny random pair is a Qwen2-Audio of two layers and noisy copies of it: its forwards are short, the loops around them
@@ -38,10 +39,11 @@ from ugsd_fast.hf import UGSDGenerate
 TARGETS = {"stock": 2.0, "hearing": 1.3}  # times as fast, where 0.5 to 0.9 of the draft tokens are accepted
 JUDGED = (0.5, 0.9)  # acceptance with blocks of 5
 OURS, DOOR, PLAIN = "decoder", "custom_generate", "verifier's generate"
-FIXED, CUT = "5 tokens", "up to 20 tokens"
+FIXED, CUT, LONG, COST = "5 tokens", "up to 20 tokens", "up to 64 tokens", "up to 64 tokens by cost"
 THEIR_BLOCKS: Mapping[str, Mapping[str, Any]] = {
     FIXED: {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.0},
     CUT: {"num_assistant_tokens": 20, "assistant_confidence_threshold": 0.4},
+    LONG: {"num_assistant_tokens": 64, "assistant_confidence_threshold": 0.4},
 }
 
 
@@ -54,7 +56,6 @@ class Pair:
     verifier: AudioLM
     inputs: Sequence[Mapping[str, Tensor]]
     max_new_tokens: int
-    entropy_threshold: float  # nats, of CUT
 
 
 def embedded_pairs(noises: Sequence[float], count: int, tokens: int) -> Iterator[Pair]:
@@ -69,7 +70,7 @@ def embedded_pairs(noises: Sequence[float], count: int, tokens: int) -> Iterator
             if theirs.keys() != own.keys() or not all(torch.equal(theirs[name], own[name]) for name in own):
                 raise RuntimeError("the pair's inputs differ, expected the same: transformers' drafter has no others")
         name = f"embedded pair, drafter with noise {noise}" if noise else "embedded pair"
-        yield Pair(name, pair.draft, pair.verifier.model, inputs, tokens, pair.config.entropy_threshold)
+        yield Pair(name, pair.draft, pair.verifier.model, inputs, tokens)
 
 
 def tiny_pairs(noises: Sequence[float], tokens: int) -> Iterator[Pair]:
@@ -83,7 +84,7 @@ def tiny_pairs(noises: Sequence[float], tokens: int) -> Iterator[Pair]:
             verifier, draft = (AudioLM.from_pretrained(p, dtype=torch.float32, device="cpu") for p in (path, noisy))
             for model in (verifier.model, draft.model):
                 model.generation_config.eos_token_id = None  # every caption runs to max_new_tokens
-            yield Pair(f"tiny random pair, noise {noise}", draft, verifier, [verifier.prepare(sound)], tokens, 2.0)
+            yield Pair(f"tiny random pair, noise {noise}", draft, verifier, [verifier.prepare(sound)], tokens)
 
 
 def add_noise(model: Any, noise: float) -> None:
@@ -118,9 +119,10 @@ def measure(pair: Pair, settings: Settings) -> Row:
     draft, verifier, limit = pair.draft, pair.verifier, pair.max_new_tokens
     ends = verifier.model.generation_config.eos_token_id
     lossless = UGSDConfig(always_escalate=True, rule="greedy", eos_token_id=() if ends is None else ends)
-    cut = replace(lossless, adaptive="entropy", entropy_threshold=pair.entropy_threshold, block_size=20, max_block=20)
+    by_cost = replace(lossless, adaptive="cost", max_block=64)
     decoders = {
-        name: Decoder(draft, LocalVerifier(verifier), config) for name, config in {FIXED: lossless, CUT: cut}.items()
+        name: Decoder(draft, LocalVerifier(verifier), config)
+        for name, config in {FIXED: lossless, COST: by_cost}.items()
     }
     door = UGSDGenerate(draft, lambda inputs: inputs)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -163,7 +165,6 @@ def measure(pair: Pair, settings: Settings) -> Row:
         "pair": pair.name,
         "clips": len(own),
         "tokens": sum(map(len, own)),
-        "entropy_threshold": pair.entropy_threshold,
         "acceptance_rate": acceptance,
         "ms": {name: spread(values, 1e3) for name, values in samples.items()},
         "faster": faster,

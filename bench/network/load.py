@@ -38,6 +38,7 @@ from ugsd_fast.serving.link import Connector
 from ugsd_fast.serving.link import Link as Connection
 
 SHORT, LONG = (1, 64), (1, 4, 16, 64)  # sessions of each stage
+ROUNDS = 3  # of the short stages, one after the other
 LAPS = 8  # of a long session
 THROUGHPUT_TARGET = 3.0  # times one session's
 FLAT = 1.1  # most cost a verdict, times one session's
@@ -162,15 +163,18 @@ async def run_stage(server: ServerProcess, scripts: Sequence[Script], sessions: 
             await asyncio.sleep(min(1.0, seconds / 10))
 
     sampler = asyncio.create_task(sample())
-    before, started = cpu_seconds(server.pid), time.monotonic()
-    batches = counted(server.url)
+    before, own, started = cpu_seconds(server.pid), time.process_time(), time.monotonic()
+    batches = [counted(server.url, of) for of in ("sessions", "prompts")]
     until = started + seconds
     await asyncio.gather(*(device(server.url, scripts, index, laps, until, stage) for index in range(sessions)))
     stage.seconds = time.monotonic() - started
-    cpu = cpu_seconds(server.pid) - before
+    cpu, own = cpu_seconds(server.pid) - before, time.process_time() - own
     sampler.cancel()
     verdicts = len(stage.verdicts) + len(stage.first_verdicts)
-    forwards, judged = (after - earlier for after, earlier in zip(counted(server.url), batches, strict=True))
+    together = {}
+    for of, earlier in zip(("sessions", "prompts"), batches, strict=True):
+        forwards, members = (now - then for now, then in zip(counted(server.url, of), earlier, strict=True))
+        together[of] = members / forwards if forwards else 0.0
     tenth = max(len(stage.rss) // 10, 1)
     return {
         "sessions": sessions,
@@ -184,7 +188,9 @@ async def run_stage(server: ServerProcess, scripts: Sequence[Script], sessions: 
         "first_latency_ms": quantiles(stage.first_verdicts),
         "cpu_ms_per_verdict": 1e3 * cpu / verdicts,
         "cpu_cores": cpu / stage.seconds,
-        "sessions_per_forward": judged / forwards,
+        "device_cores": own / stage.seconds,
+        "sessions_per_forward": together["sessions"],
+        "prompts_per_forward": together["prompts"],
         "rss_mib": {
             "first_tenth": statistics.mean(stage.rss[:tenth]),
             "middle": statistics.mean(stage.rss[len(stage.rss) // 2 :][:tenth]),
@@ -212,11 +218,11 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def counted(url: str) -> tuple[float, float]:
-    """Forwards of the server so far, and sessions in them."""
+def counted(url: str, of: str) -> tuple[float, float]:
+    """Forwards of the server so far, and the sessions whose blocks or prompts were in them."""
     with urllib.request.urlopen(f"http{url.removeprefix('ws')}/metrics") as reply:
         text = reply.read().decode()
-    found = {name: float(value) for name, value in re.findall(r"^ugsd_batch_sessions_(count|sum) (\S+)", text, re.M)}
+    found = {name: float(value) for name, value in re.findall(rf"^ugsd_batch_{of}_(count|sum) (\S+)", text, re.M)}
     return found["count"], found["sum"]
 
 
@@ -225,10 +231,11 @@ def judged(stages: Sequence[Row]) -> list[Row]:
     short = [stage for stage in stages if stage["laps"] == 1]
     long = [stage for stage in stages if stage["laps"] > 1]
     faster = {
-        f"verdicts a second of {of[-1]['sessions']} {kind} sessions, times one session's": (
-            of[-1]["verdicts_per_second"] / of[0]["verdicts_per_second"]
+        f"verdicts a second of {of[-1]['sessions']} {kind} sessions, times one session's": statistics.median(
+            many["verdicts_per_second"] / one["verdicts_per_second"]
+            for one, many in zip(of[:: len(stages)], of[len(stages) - 1 :: len(stages)], strict=True)
         )
-        for kind, of in (("long", long), ("short", short))
+        for kind, of, stages in (("long", long, LONG), ("short", short, SHORT))
     }
     cost = max(stage["cpu_ms_per_verdict"] for stage in long) / long[0]["cpu_ms_per_verdict"]
     memory = long[-1]["rss_mib"]
@@ -254,8 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    last, other, warm = (0.5, 0.3, 0.1) if options.quick else (options.seconds, 8.0, 3.0)
-    plan = [(sessions, 1, 2 * other) for sessions in SHORT] + [(sessions, LAPS, other) for sessions in LONG]
+    last, other, warm = (0.5, 0.3, 0.1) if options.quick else (options.seconds, 10.0, 3.0)
+    plan = [(sessions, 1, other) for _ in range(ROUNDS) for sessions in SHORT]
+    plan += [(sessions, LAPS, other) for sessions in LONG]
     plan[-1] = (LONG[-1], LAPS, last)
     rows = []
     with serving({}) as server:

@@ -461,6 +461,56 @@ void test_dtype(const Kernels& kernels, const char* dtype) {
     }
 }
 
+void test_packed_attention(const Kernels& kernels, int64_t width, int64_t value_width) {
+  const int64_t heads = 4, kv_heads = 2;
+  struct Shape {
+    int64_t capacity, tokens, count;
+  };
+  const Shape shapes[] = {{3, 1, 1}, {40, 33, 6}, {64, 64, 3}, {20, 20, 20}};
+  std::vector<std::vector<float>> keys, values;
+  std::vector<PackedRequest> requests;
+  int64_t total = 0;
+  for (const Shape& shape : shapes) {
+    keys.emplace_back(kv_heads * shape.capacity * width);
+    values.emplace_back(kv_heads * shape.capacity * value_width);
+    for (float& x : keys.back()) x = normal();
+    for (float& x : values.back()) x = normal();
+    total += shape.count;
+  }
+  for (size_t b = 0; b < keys.size(); ++b)
+    requests.push_back({keys[b].data(), values[b].data(), shapes[b].capacity, shapes[b].tokens, shapes[b].count});
+  std::vector<float> query(total * heads * width), new_keys(total * kv_heads * width),
+      new_values(total * kv_heads * value_width), out(total * heads * value_width, kInf);
+  for (auto* tensor : {&query, &new_keys, &new_values})
+    for (float& x : *tensor) x = normal();
+  const auto batch = static_cast<int64_t>(requests.size());
+  append_slots({requests.data(), batch, kv_heads, width, value_width, new_keys.data(), new_values.data(), width,
+                kv_heads * width, value_width, kv_heads * value_width});
+  kernels.packed_attention({requests.data(), batch, heads, kv_heads, width, value_width, query.data(), width,
+                            heads * width, 0.1f, out.data(), 1});
+  int64_t n = 0;
+  for (const PackedRequest& request : requests)
+    for (int64_t i = 0; i < request.count; ++i, ++n)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t first = h / (heads / kv_heads) * request.capacity,
+                      visible = request.tokens - request.count + i + 1;
+        std::vector<double> weights(visible);
+        double largest = -kInf, mass = 0;
+        for (int64_t t = 0; t < visible; ++t) {
+          for (int64_t d = 0; d < width; ++d)
+            weights[t] += 0.1 * query[(n * heads + h) * width + d] * request.keys[(first + t) * width + d];
+          largest = std::max(largest, weights[t]);
+        }
+        for (double& weight : weights) mass += weight = std::exp(weight - largest);
+        for (int64_t d = 0; d < value_width; ++d) {
+          double wanted = 0;
+          for (int64_t t = 0; t < visible; ++t)
+            wanted += weights[t] / mass * request.values[(first + t) * value_width + d];
+          expect(close(out[(n * heads + h) * value_width + d], wanted, 1e-4), "packed attention");
+        }
+      }
+}
+
 }  // namespace
 
 int main() {
@@ -479,6 +529,8 @@ int main() {
     test_dtype<float>(kernels, "float32");
     test_dtype<bfloat16>(kernels, "bfloat16");
     test_dtype<float16>(kernels, "float16");
+    context = std::string(kernels.isa) + " packed attention";
+    for (const int64_t width : {1, 20, 64}) test_packed_attention(kernels, width, width + 5);
     context = std::string(kernels.isa) + " all 16-bit numbers";
     test_stored<bfloat16>(kernels);
     test_stored<float16>(kernels);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,12 +121,15 @@ class HostReads(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_one_host_read_a_block_and_one_a_verification(rows: int, audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+def test_one_host_read_a_block_and_one_more_where_a_gate_asks(
+    rows: int, audio_lm: LoadModel, clips_of_speech: Clips
+) -> None:
     """Whatever the number of rows; counted between blocks, as prompts are checked on the host."""
     draft, verifier = audio_lm("qwen2_audio", noise=0.05), audio_lm("qwen2_audio")
     edge = Decoder(draft, None, UGSDConfig(eos_token_id=NEVER_ENDS))
-    gated = Decoder(draft, LocalVerifier(verifier), UGSDConfig(always_escalate=True, eos_token_id=NEVER_ENDS))
-    for decoder, reads_a_block in ((edge, 1), (gated, 2)):
+    checked = Decoder(draft, LocalVerifier(verifier), UGSDConfig(always_escalate=True, eos_token_id=NEVER_ENDS))
+    gated = Decoder(draft, LocalVerifier(verifier), UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS))
+    for decoder, reads_a_block in ((edge, 1), (checked, 1), (gated, 2)):
         given = [Given(clip, max_new_tokens=TOKENS, row=row) for row, clip in enumerate(clips_of_speech[:rows])]
         requests = [decoder._open(one) for one in given]
         with HostReads() as reads:
@@ -134,6 +138,43 @@ def test_one_host_read_a_block_and_one_a_verification(rows: int, audio_lm: LoadM
                 if row == 0:
                     seen.append(reads.count)
         assert set(np.diff(seen)) == {reads_a_block}
+
+
+class Reading(LocalVerifier):
+    """Wants to know blocks before it judges them."""
+
+    reads_blocks = False
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "greedy"},
+        {"rule": "exact", "temperature": 1.0},
+        {"rule": "block", "temperature": 0.7, "top_k": 20},
+        {"rule": "rank", "bonus": True},
+        {"rule": "typical", "adaptive": "aimd"},
+    ],
+)
+def test_blocks_read_with_their_verdicts_are_those_read_before(
+    settings: dict[str, Any], audio_lm: LoadModel, clips_of_speech: Clips
+) -> None:
+    """Requests that end within a block among them."""
+    draft, model = audio_lm("qwen2_audio", noise=0.03), audio_lm("qwen2_audio")
+    free = UGSDConfig(always_escalate=True, eos_token_id=NEVER_ENDS, **settings)
+    endless = Decoder(draft, LocalVerifier(model), free).generate(clips_of_speech[:4], max_new_tokens=24)
+    late = [max(set(result.tokens), key=result.tokens.index) for result in endless]
+    config = replace(free, eos_token_id=late[:3])
+    runs = [
+        Decoder(draft, verifier, config).generate(clips_of_speech[:4], max_new_tokens=24)
+        for verifier in (LocalVerifier(model), Reading(model))
+    ]
+    assert len({len(result.tokens) for result in runs[0]}) > 1
+    timeless = {"draft_seconds": 0.0, "verify_seconds": 0.0}
+    for one, other in zip(*runs, strict=True):
+        assert one.tokens == other.tokens
+        traces = zip(one.trace.blocks, other.trace.blocks, strict=True)
+        assert all(replace(block, **timeless) == replace(same, **timeless) for block, same in traces)
 
 
 def test_a_verifier_that_fails_some_of_a_batch(audio_lm: LoadModel, clips_of_speech: Clips) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from tests.decoding.test_decoder import NEVER_ENDS, greedy
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
-from ugsd_fast.decoding.block_length import Costs, block_length
+from ugsd_fast.decoding.block_length import BestRate, Costs, block_length
 from ugsd_fast.decoding.trace import BlockRecord
 
 LoadModel = Callable[..., AudioLM]
@@ -29,7 +30,7 @@ def block(
     """A record of a block that took `draft` seconds a token and `verify` seconds to verify."""
     tokens = tuple(range(drafted))
     return BlockRecord(
-        start=0,
+        start=1,
         draft_tokens=tokens,
         entropy=tuple(entropy[:drafted]),
         uncertainty=max(entropy[:drafted]),
@@ -61,12 +62,34 @@ def test_aimd_grows_by_one_and_halves_within_its_bounds() -> None:
     assert policy.next() == 3  # nobody judged it
 
 
-def drafted(policy: Any, entropies: Sequence[float]) -> int:
-    """Length of the block that a drafter with these entropies makes."""
-    for length in range(1, policy.next()):
-        if policy.stops is not None and policy.stops(entropies[:length]):
+class Clock:
+    """Stands still but for what a test adds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def drafted(policy: Any, entropies: Sequence[float], seconds: float = 0.01) -> int:
+    """Length of the block that a drafter with these entropies makes, at `seconds` a token."""
+    longest = policy.next()
+    for length in range(1, longest):
+        if policy.stops is not None and policy.stops(entropies[:length], seconds):
             return length
-    return int(policy.next())
+    return int(longest)
+
+
+def observe(policy: Any, record: BlockRecord) -> None:
+    """Have a `BestRate` see a block whose seconds pass on its clock."""
+    policy._clock.now += record.draft_seconds + record.verify_seconds
+    policy.observe(record)
+
+
+def best_rate(config: UGSDConfig, costs: Costs | None = None, *, watches: bool = True) -> BestRate:
+    """The ``cost`` policy with a clock of the test's."""
+    return BestRate(config, costs or Costs(), watches=watches, clock=Clock())
 
 
 def cost_after(
@@ -74,16 +97,16 @@ def cost_after(
 ) -> int:
     """Length that ``cost`` settles on for given rates and seconds, of a block without an uncertain token."""
     config = UGSDConfig(adaptive="cost", always_escalate=always, rule="greedy", max_block=24, entropy_threshold=1.0)
-    policy = block_length(config, watches=watches)
+    policy = best_rate(config, watches=watches)
     rng = np.random.default_rng(0)
     for _ in range(200):
         entropies = np.where(rng.random(24) < uncertain, 2.0, 0.1).tolist()
-        length = drafted(policy, entropies)
+        length = drafted(policy, entropies, draft)
         fails = np.flatnonzero(rng.random(length) >= accepted)
         escalated = always or max(entropies[:length]) > 1.0
         kept = int(fails[0]) if len(fails) and escalated else length
-        policy.observe(block(length, kept, escalated=escalated, entropy=entropies, draft=draft, verify=verify))
-    return drafted(policy, [0.1] * 24)
+        observe(policy, block(length, kept, escalated=escalated, entropy=entropies, draft=draft, verify=verify))
+    return drafted(policy, [0.1] * 24, draft)
 
 
 def best_length(accept: float, draft: float, verify: float) -> int:
@@ -111,24 +134,28 @@ def test_cost_drafts_longer_over_a_slow_network_and_shorter_when_rejected() -> N
 
 
 def test_cost_ends_a_block_behind_tokens_that_are_seldom_accepted() -> None:
-    policy = block_length(UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy", max_block=24))
+    policy = best_rate(UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy", max_block=24))
     certain, doubted = [0.1] * 24, [0.1, 0.1, 2.5, 0.1, 0.1, 0.1, 0.1, 0.1]
     for _ in range(50):
-        policy.observe(block(8, 8, entropy=certain))
-        policy.observe(block(8, 2, entropy=doubted))
+        drafted(policy, certain)
+        observe(policy, block(8, 8, entropy=certain))
+        observe(policy, block(8, 2, entropy=doubted))
     assert drafted(policy, [0.1] * 24) > 8
     assert drafted(policy, [0.1] * 5 + [2.5] + [0.1] * 18) == 6
+    policy.stops([0.1, 0.1], 60.0)  # a hiccup
+    assert drafted(policy, [0.1] * 24) > 8
 
 
 @pytest.mark.parametrize(("ahead", "verify", "length"), [(0, 0.02, 3), (0, 1.0, 24), (8, 1.0, 3)])
 def test_cost_behind_a_gate_ends_at_an_uncertain_token_unless_verdicts_are_dear(
     ahead: int, verify: float, length: int
 ) -> None:
-    policy = block_length(UGSDConfig(adaptive="cost", rule="greedy", max_block=24, entropy_threshold=1.0, ahead=ahead))
+    policy = best_rate(UGSDConfig(adaptive="cost", rule="greedy", max_block=24, entropy_threshold=1.0, ahead=ahead))
     uncertain = [0.1, 0.1, 2.5] + [0.1] * 21
     for _ in range(50):
-        policy.observe(block(8, 8, entropy=uncertain, verify=verify))
-        policy.observe(block(8, 2, entropy=uncertain, verify=verify))
+        drafted(policy, uncertain)
+        observe(policy, block(8, 8, entropy=uncertain, verify=verify))
+        observe(policy, block(8, 2, entropy=uncertain, verify=verify))
     assert drafted(policy, [0.1] * 24) == 24  # nobody is asked, so the length costs nothing
     assert drafted(policy, uncertain) == length
 
@@ -136,20 +163,23 @@ def test_cost_behind_a_gate_ends_at_an_uncertain_token_unless_verdicts_are_dear(
 def test_what_one_request_teaches_serves_the_next() -> None:
     config = UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy", max_block=24)
     costs = Costs()
-    first = block_length(config, costs)
-    assert first.next() == config.block_size  # nothing was timed
-    for _ in range(3):
-        first.observe(block(5, 5))
-    assert block_length(config, costs).next() == 24
-    assert block_length(config, Costs()).next() == config.block_size
+    first = best_rate(config, costs)
+    for _ in range(2):
+        assert drafted(first, [0.1] * 24) == config.block_size  # not everything was timed
+        observe(first, block(5, 5))
+    assert best_rate(config, costs).next() == 24
+    assert best_rate(config).next() == config.block_size
 
 
-def test_a_prompts_time_is_not_taken_for_a_tokens() -> None:
+@pytest.mark.parametrize("watches", [True, False])
+def test_a_prompts_time_is_not_taken_for_a_tokens(watches: bool) -> None:
     costs = Costs()
     for _ in range(3):
-        policy = block_length(UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy"), costs)
-        policy.observe(block(5, 5, draft=9.0, verify=9.0))
-        policy.observe(block(5, 5, draft=0.01, verify=0.1))
+        policy = best_rate(UGSDConfig(adaptive="cost", always_escalate=True, rule="greedy"), costs, watches=watches)
+        observe(policy, replace(block(5, 5, draft=9.0, verify=9.0), start=0))
+        drafted(policy, [0.1] * 24)
+        observe(policy, block(5, 5, draft=0.01, verify=0.1))
+    assert costs.tokens_per_second == pytest.approx(6 / 0.15)
     assert (costs.draft_seconds, costs.verify_seconds) == pytest.approx((0.01, 0.1))
 
 

@@ -1,4 +1,4 @@
-"""Who is computed when: blocks together, prompts in between, memory within its budget."""
+"""Who is computed when: blocks together, prompts beside them, memory within its budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = Call([1], [2, 3], True, 0)
 
 
 class State:
-    """A prompt of so many positions, and a byte for each that was computed."""
+    """A prompt of so many positions, each a byte in the cache."""
 
     def __init__(self, log: list[object], name: str, prompt: int):
         self.log, self.name, self.prompt = log, name, prompt
@@ -33,15 +33,8 @@ class State:
         return self.done >= self.prompt
 
     @property
-    def kv_bytes(self) -> int:
-        return self.done
-
-    def advance(self, positions: int) -> int:
-        self.log.append(self.name)
-        piece = min(self.prompt - self.done, positions)
-        self.done += piece
-        time.sleep(0.001)
-        return piece
+    def remaining(self) -> int:
+        return self.prompt - self.done
 
     def needed(self, call: Call) -> int:
         return len(call.draft) + 1
@@ -59,11 +52,28 @@ class Machine:
         self.hold = threading.Event()
         self.hold.set()
         self.poison: State | None = None
+        self.mute: State | None = None
+        self.growth = 0  # bytes that a call adds
+        self.states: list[State] = []
+        self.held: list[int] = []  # bytes in the caches after each turn of prompts
         self.metrics = Metrics()
         self.scheduler = Scheduler(self, Limits(**{"max_wait": 0.005, **limits}), self.metrics)  # type: ignore[arg-type]
 
+    def kv_bytes(self, state: State, call: Call | None = None) -> int:
+        return state.prompt + self.growth * (call is not None)
+
+    def prefill(self, pieces: Sequence[tuple[State, int]]) -> list[Exception | None]:
+        self.log.append("&".join(state.name for state, _ in pieces))
+        time.sleep(0.001)
+        for state, positions in pieces:
+            assert positions > 0
+            state.done = min(state.done + positions, state.prompt)
+        self.held.append(sum(state.done for state in self.states))
+        return [RuntimeError("inaudible") if state is self.mute else None for state, _ in pieces]
+
     def judge(self, jobs: Sequence[tuple[State, Call]]) -> list[Judged | Exception]:
         self.hold.wait()
+        assert all(state.ready for state, _ in jobs)
         self.log.append("+".join(state.name for state, _ in jobs))
         if any(state is self.poison for state, _ in jobs):
             raise RuntimeError("out of luck")
@@ -71,6 +81,7 @@ class Machine:
 
     def session(self, name: str, prompt: int = 1) -> State:
         state = State(self.log, name, prompt)
+        self.states.append(state)
         self.scheduler.add(state)
         return state
 
@@ -88,13 +99,14 @@ def machine() -> Callable[..., Machine]:
         one.scheduler.close()
 
 
-def settled(machine: Machine, *states: State) -> None:
+def settled(machine: Machine, *states: State, forget: bool = True) -> None:
     """Wait until prompts are computed, and forget how."""
     end = time.monotonic() + 5
-    while not all(state.ready for state in states):
+    while not all(state.ready for state in states) or machine.scheduler._computed:
         assert time.monotonic() < end
         time.sleep(0.001)
-    machine.log.clear()
+    if forget:
+        machine.log.clear()
 
 
 def test_blocks_that_wait_share_a_forward(machine: Callable[..., Machine]) -> None:
@@ -144,15 +156,55 @@ def test_prompts_take_turns(machine: Callable[..., Machine]) -> None:
     assert [entry for entry in one.log if entry in ("a", "b")][:8] == list("abababab")
 
 
-def test_short_prompts_share_a_turn(machine: Callable[..., Machine]) -> None:
+def test_short_prompts_share_a_forward(machine: Callable[..., Machine]) -> None:
     one = machine(prefill_chunk=64)
     with one.scheduler._changed:
-        states = [one.session(name, prompt=20) for name in "abcde"]
+        lengths = {"a": 20, "b": 20, "c": 20, "d": 20, "L": 100, "e": 1, "f": 1}
+        states = [one.session(name, prompt=length) for name, length in lengths.items()]
+    settled(one, *states, forget=False)
+    # 20 + 20 + 20 of 64; a piece of a long prompt has a turn of its own; the shortest counts for 16.
+    assert one.log == ["a&b&c", "d", "L", "e&f", "L"]
+
+
+def test_blocks_do_not_wait_for_prompts(machine: Callable[..., Machine]) -> None:
+    """While a turn of prompts is computed, blocks are judged."""
+    one = machine()
+    ready = one.session("a")
+    settled(one, ready)
+    inside, go_on = threading.Event(), threading.Event()
+    prefill = one.prefill
+
+    def slow(pieces: Sequence[tuple[State, int]]) -> list[Exception | None]:
+        inside.set()
+        assert go_on.wait(5)
+        return prefill(pieces)
+
+    one.prefill = slow  # type: ignore[method-assign]
+    late = one.session("b")
+    assert inside.wait(5)
+    for _ in range(3):
+        assert one.scheduler.submit(ready, BLOCK).result(5)
+    waiting = one.scheduler.submit(late, BLOCK)
+    assert not waiting.done()
+    go_on.set()
+    assert waiting.result(5)
+    assert one.log == ["a", "a", "a", "b", "b"]
+
+
+def test_a_prompt_that_fails_is_its_own_sessions_trouble(machine: Callable[..., Machine]) -> None:
+    one = machine()
+    one.hold.clear()
+    with one.scheduler._changed:
+        states = [one.session(name) for name in "abc"]
+        one.mute = states[1]
         futures = [one.scheduler.submit(state, BLOCK) for state in states]
-    for future in futures:
-        future.result(5)
-    first = one.log.index(next(entry for entry in one.log if "+" in str(entry)))
-    assert one.log[:first] == list("abcd")  # 20 + 20 + 20, and the 4 that are left of the fourth
+    one.hold.set()
+    assert futures[0].result(5) == futures[2].result(5) == Judged(0, 7)
+    failed = futures[1].exception(5)
+    assert isinstance(failed, Refusal)
+    assert (failed.code, str(failed)) == ("failed", "the model failed (RuntimeError)")
+    one.mute = None
+    assert one.scheduler.submit(states[1], BLOCK).result(5)  # the next block begins anew
 
 
 def test_idle_sessions_are_evicted_the_longest_unused_first(machine: Callable[..., Machine]) -> None:
@@ -188,6 +240,52 @@ def test_without_idle_sessions_there_is_no_room(machine: Callable[..., Machine])
         assert isinstance(outcome, Refusal)
         assert (outcome.code, outcome.retry_after) == ("busy", 0.5)
     assert again.result(5)
+
+
+def test_the_budget_is_never_exceeded(machine: Callable[..., Machine]) -> None:
+    """Prompts of different lengths in pieces and together, all of them again and again, in half of the memory."""
+    one = machine(kv_bytes=60, prefill_chunk=16, retry_after=0.001)
+    one.growth = 2
+    lengths = [3, 9, 14, 5, 30, 2, 24, 11, 7, 15]
+    states = [one.session(str(length), prompt=length) for length in lengths]
+    answered = dict.fromkeys(lengths, 0)
+    refusals: set[str] = set()
+
+    def ask(state: State) -> None:
+        while answered[state.prompt] < 5:
+            try:
+                one.scheduler.submit(state, BLOCK).result(5)
+                answered[state.prompt] += 1
+            except Refusal as refusal:
+                refusals.add(refusal.code)
+                time.sleep(refusal.retry_after)
+
+    threads = [threading.Thread(target=ask, args=(state,)) for state in states]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert set(answered.values()) == {5}
+    assert refusals <= {"busy"}
+    assert max(one.held) <= 60
+    assert sum(one.scheduler._claims.values()) <= 60
+    assert one.metrics.kv_bytes._value.get() == sum(one.scheduler._claims.values())
+    assert one.metrics.evictions._value.get() > 0
+
+
+def test_what_could_never_fit_is_refused_for_good(machine: Callable[..., Machine]) -> None:
+    one = machine(kv_bytes=10)
+    with pytest.raises(Refusal, match="takes 11 bytes of keys and values, expected at most 10") as refused:
+        one.session("a", prompt=11)
+    assert refused.value.code == "refused"
+    state = one.session("b", prompt=9)
+    assert one.scheduler.submit(state, BLOCK).result(5)
+    one.growth = 2  # the caption outgrows the memory
+    with pytest.raises(Refusal, match="takes 11 bytes") as refused:
+        one.scheduler.submit(state, BLOCK)
+    assert refused.value.code == "refused"
+    one.scheduler.remove(state)
+    assert not one.scheduler._claims
 
 
 def test_too_many_waiting_blocks_are_refused(machine: Callable[..., Machine]) -> None:

@@ -120,11 +120,11 @@ def test_evicted_sessions_come_back(pair: EmbeddedPair) -> None:
     """Two sessions where the memory holds one: each block of one evicts the other."""
     with (
         serve_model(
-            pair.verifier.model, name="small", port=0, limits=Limits(kv_bytes=2_000_000, prefill_chunk=16)
+            pair.verifier.model, name="small", port=0, limits=Limits(kv_bytes=2_500_000, prefill_chunk=16)
         ).running() as server,
         RemoteVerifier(server.url, uplink="audio", patience=SOON) as verifier,
     ):
-        sources = [clips()[0].path, clips()[1].path]
+        sources = [clips()[3].path, clips()[11].path]  # more than 64 slots, 2.4 MB, from the second block on
         decoder = Decoder(pair.draft, verifier, lossless(pair))
         streams = [decoder.stream(source, prompt=pair.prompt, max_new_tokens=24) for source in sources]
         tokens: list[list[int]] = [[], []]

@@ -145,6 +145,18 @@ class GrowingLayer(DynamicLayer):
                 return self._view(0, first, end), self._view(1, first, end)
         return self._append(key_states, value_states)
 
+    def extend(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Count `tokens` more, whose keys and values the caller writes at once; only of one row, without a window.
+
+        Returns
+        -------
+        tuple of int
+            Addresses of keys and values [H, capacity, D], the capacity, all tokens with the new ones, the new ones.
+        """
+        self._reserve(tokens)
+        self._length += tokens
+        return *self._addresses, self._capacity, self._length, tokens
+
     def rollback(self, rejected: int | Sequence[int]) -> None:
         """Forget the newest tokens: as many of every row, or a number for each row.
 
@@ -292,6 +304,7 @@ class GrowingLayer(DynamicLayer):
         self._key_strides, self._value_strides = self._strides = keys.stride(), values.stride()
         self._step_shape = torch.Size((*keys.shape[:2], 1, keys.shape[3]))
         self._value_width = values.shape[3]
+        self._addresses = keys.data_ptr(), values.data_ptr()
         self._is_inference = keys.is_inference()
         self._slots = []
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.trace import BlockRecord
 
-# Given the entropies of a block's tokens so far, nats: whether the block ends here.
-Stops = Callable[[Sequence[float]], bool]
+# Given the entropies of a block's tokens so far, nats, and the seconds that the newest took behind the one before (None
+# where nobody measured): whether the block ends here.
+Stops = Callable[[Sequence[float], float | None], bool]
 
 
 class BlockLength(Protocol):
@@ -76,7 +80,7 @@ class Fixed:
         """Tokens to draft at most."""
         return self._config.longest_block
 
-    def _stops(self, entropies: Sequence[float]) -> bool:
+    def _stops(self, entropies: Sequence[float], _: float | None) -> bool:
         return len(entropies) >= self._config.min_block and max(entropies) > self._config.entropy_threshold
 
     def observe(self, block: BlockRecord) -> None:
@@ -113,25 +117,28 @@ class Costs:
     """
 
     _ENDS = (0.05, 0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # nats
-    _MEMORY = 0.8  # weight of the past in the running means
+    _MEMORY = 0.8  # weight of the past in the rate
+    _RECENT = 15  # steps and verdicts of whose times the median counts: a machine's hiccup is none of theirs
 
     def __init__(self) -> None:
         middles = [0.5 * (low + high) for low, high in zip((0.0, *self._ENDS), (*self._ENDS, 5.0), strict=True)]
         self._accepted = [2 * math.exp(-0.5 * entropy) for entropy in middles]
         self._judged = [2.0] * len(middles)
         self._uncertain, self._drafted = 0.5, 4.0
-        self.draft_seconds = 0.0  # a token
+        self._steps: deque[float] = deque(maxlen=self._RECENT)
+        self._verdicts: deque[float] = deque(maxlen=self._RECENT)
+        self.draft_seconds = 0.0  # of a token more in a block
         self.verify_seconds = 0.0  # a verdict, the way there and back included
         self._tokens = self._seconds = 0.0
 
     @property
     def known(self) -> bool:
-        """Whether anything was timed."""
-        return self.draft_seconds > 0 and self.verify_seconds > 0
+        """Whether all was timed."""
+        return min(self.draft_seconds, self.verify_seconds, self._seconds) > 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Of blocks that were verified."""
+        """Of blocks that were verified, with all that a block takes beside."""
         return self._tokens / self._seconds
 
     @property
@@ -146,27 +153,27 @@ class Costs:
         index = bisect_right(self._ENDS, entropy)
         return self._accepted[index] / self._judged[index]
 
-    def observe(self, block: BlockRecord, threshold: float, *, drafts: bool, verdicts: bool) -> None:
-        """Take in a block; its times only where they are those of later blocks, too (no prompt in them)."""
-        count = len(block.draft_tokens)
-        self._drafted += count
+    def observe(self, block: BlockRecord, threshold: float) -> None:
+        """Take in what became of a block's tokens."""
+        self._drafted += len(block.draft_tokens)
         self._uncertain += sum(entropy > threshold for entropy in block.entropy)
-        if drafts:
-            self.draft_seconds = self._mean(self.draft_seconds, block.draft_seconds / count)
-        if not block.checked:
-            return
-        for index, entropy in enumerate(block.entropy[: block.num_accepted + 1]):
+        judged = block.entropy[: block.num_accepted + 1] if block.checked else ()
+        for index, entropy in enumerate(judged):
             at = bisect_right(self._ENDS, entropy)
             self._judged[at] += 1
             self._accepted[at] += index < block.num_accepted
-        if verdicts:
-            self.verify_seconds = self._mean(self.verify_seconds, block.verify_seconds)
-            seconds = block.draft_seconds + block.verify_seconds
-            self._tokens = self._MEMORY * self._tokens + len(block.emitted)
-            self._seconds = self._MEMORY * self._seconds + seconds
 
-    def _mean(self, mean: float, value: float) -> float:
-        return value if not mean else self._MEMORY * mean + (1 - self._MEMORY) * value
+    def observe_step(self, seconds: float) -> None:
+        """Take in how long one token more took."""
+        self._steps.append(seconds)
+        self.draft_seconds = statistics.median(self._steps)
+
+    def observe_verdict(self, block: BlockRecord, seconds: float) -> None:
+        """Take in how long a verdict took, and the block with it."""
+        self._verdicts.append(block.verify_seconds)
+        self.verify_seconds = statistics.median(self._verdicts)
+        self._tokens = self._MEMORY * self._tokens + len(block.emitted)
+        self._seconds = self._MEMORY * self._seconds + seconds
 
 
 class BestRate:
@@ -184,11 +191,19 @@ class BestRate:
     on distributions and times, never on the drawn token, so lossless rules stay so.
     """
 
-    def __init__(self, config: UGSDConfig, costs: Costs, *, watches: bool = True):
-        self._config, self._costs = config, costs
+    def __init__(
+        self,
+        config: UGSDConfig,
+        costs: Costs,
+        *,
+        watches: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._config, self._costs, self._clock = config, costs, clock
         self.stops: Stops | None = self._stops if watches else None
-        self._start = min(max(config.block_size, config.min_block), config.longest_block)
-        self._drafts = self._verdicts = 0
+        self._start = min(max(config.block_size, config.min_block, 2), config.longest_block)
+        self._heard = False  # whether the verifier's prompt is behind
+        self._time: float | None = None  # of the last block's end
 
     def next(self) -> int:
         """Tokens to draft at most."""
@@ -199,8 +214,10 @@ class BestRate:
         accept = min(self._costs.acceptance(), 0.999)
         return max(range(self._config.min_block, self._config.longest_block + 1), key=lambda k: self._rate(k, accept))
 
-    def _stops(self, entropies: Sequence[float]) -> bool:
+    def _stops(self, entropies: Sequence[float], seconds: float | None) -> bool:
         costs, config = self._costs, self._config
+        if seconds is not None and len(entropies) > 1:
+            costs.observe_step(seconds)
         if not costs.known or len(entropies) < config.min_block:
             return False
         stands = math.prod(map(costs.acceptance, entropies))
@@ -212,12 +229,16 @@ class BestRate:
         return bool(config.ahead) or spared <= (1 - stands) * costs.draft_seconds
 
     def observe(self, block: BlockRecord) -> None:
-        """Take in times and acceptance of a block."""
-        if block.draft_tokens:
-            drafts, verdicts = self._drafts > 0, self._verdicts > 0
-            self._drafts += 1
-            self._verdicts += block.checked
-            self._costs.observe(block, self._config.entropy_threshold, drafts=drafts, verdicts=drafts and verdicts)
+        """Take in times and acceptance of a block; those of prompts are not those of later blocks."""
+        self._costs.observe(block, self._config.entropy_threshold)
+        before, self._time = self._time, self._clock()
+        if not block.checked:
+            return
+        if self.stops is None and block.start:
+            self._costs.observe_step(block.draft_seconds / len(block.draft_tokens))
+        if self._heard and before is not None:
+            self._costs.observe_verdict(block, self._time - before)
+        self._heard = True
 
     def _rate(self, length: int, accept: float) -> float:
         escalated = 1.0 if self._config.always_escalate else 1 - (1 - min(self._costs.uncertain, 1.0)) ** length

@@ -50,7 +50,7 @@ class UGSDConfig:
     adaptive : {"fixed", "entropy", "aimd", "cost"}
         How long blocks are: ``block_size`` always; up to the first token whose entropy is over the threshold; one more
         after full acceptance and half after a rejection; or what promises most tokens a second by the draft, verify and
-        round-trip times and the acceptance so far. See `ugsd_fast.decoding.block_length`.
+        round-trip times and the acceptance of tokens of such an entropy so far. See `ugsd_fast.decoding.block_length`.
     min_block, max_block : int, optional
         Bounds of an adaptive block length; ``max_block`` is by default four times ``block_size``.
     ahead : int

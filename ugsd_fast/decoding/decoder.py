@@ -17,7 +17,13 @@ from ugsd_fast.audio import load_audio
 from ugsd_fast.decoding.block_length import Costs
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
-from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock, Drafter, draft_blocks
+from ugsd_fast.decoding.drafter import (
+    EMPTY_BLOCK,
+    Block,
+    Drafter,
+    draft_blocks,
+    draft_unread,
+)
 from ugsd_fast.decoding.processors import NO_STEERING, LogitsProcessors, Processed, Steering, Stopping
 from ugsd_fast.decoding.request import Given, Request, name_rows
 from ugsd_fast.decoding.streaming import Streamer, stream_to
@@ -270,15 +276,16 @@ class Decoder:
             for request in list(requests):
                 self._end(request, requests)
 
-    def _draft(self, requests: Sequence[Request]) -> Sequence[DraftBlock | Exception]:
+    def _draft(self, requests: Sequence[Request]) -> Sequence[Block | Exception]:
         """A block of every request, or the error that ends it; those of ordinary drafters step together."""
         if self.draft is None:
             return [EMPTY_BLOCK] * len(requests)
         drafters: list[Any] = [request.drafter for request in requests]
         lengths = [request.next_length() for request in requests]
-        blocks: Sequence[DraftBlock | Exception] | Exception
+        blocks: Sequence[Block | Exception] | Exception
         if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
-            blocks = attempt(draft_blocks, drafters, lengths)
+            unread = self.config.always_escalate and getattr(self.verifier, "reads_blocks", False)
+            blocks = attempt(draft_unread if unread else draft_blocks, drafters, lengths)
         elif self._translation is not None:
             blocks = attempt(draft_translated, drafters, lengths)
         else:
@@ -287,7 +294,7 @@ class Decoder:
         name_rows([request.given for request in requests], blocks)
         return blocks
 
-    def _verify(self, requests: Sequence[Request], blocks: Sequence[DraftBlock]) -> list[Verdict | Exception | None]:
+    def _verify(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[Verdict | Exception | None]:
         """The verifier's verdicts or errors; None where it is not asked, or failed and the draft is to stand."""
         verdicts: list[Verdict | Exception | None] = [None] * len(requests)
         pending = {
@@ -301,7 +308,7 @@ class Decoder:
             answers = attempt(self._ask, list(pending.values()), [requests[index] for index in pending])
             answers = [answers] * len(pending) if isinstance(answers, Exception) else answers
             for index, answer in zip(list(pending), answers, strict=True):
-                policy = self.config.on_verifier_failure if len(blocks[index]) else "raise"
+                policy = self.config.on_verifier_failure if blocks[index].width else "raise"
                 if not isinstance(answer, VerifierUnavailable) or policy == "raise":
                     verdicts[index] = answer
                 elif policy == "wait":

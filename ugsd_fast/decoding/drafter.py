@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,67 @@ class DraftBlock:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def width(self) -> int:
+        """Columns of `tokens`."""
+        return len(self.token_ids)
+
+
+class UnreadBlock:
+    """A drafted block that only the device knows so far: what it is for the host is read with the verifier's verdict.
+
+    Has all that a `DraftBlock` has; asking for it before `read` was given a record takes a copy to the host.
+
+    Parameters
+    ----------
+    tokens : LongTensor[1, K]
+        Not cut behind an end-of-sequence token.
+    logits : Tensor[1, K, V] or None
+        As in `DraftBlock`.
+    record : Tensor[3 + 2·K], float64
+        A row of `gate`.
+    ends : frozenset of int
+        Tokens that end a caption.
+    """
+
+    def __init__(self, tokens: Tensor, logits: Tensor | None, record: Tensor, ends: frozenset[int]):
+        self.width = tokens.shape[1]
+        self.record = record
+        self._whole = tokens, logits
+        self._ends = ends
+        self._block: DraftBlock | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of the block, or of all columns while nobody has read where it ends."""
+        return self._whole[0] if self._block is None else self._block.tokens
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Of the same positions as `tokens`."""
+        return self._whole[1] if self._block is None else self._block.logits
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last token ends the caption."""
+        return self.read().token_ids[-1] in self._ends
+
+    def read(self, record: Sequence[float] | None = None) -> DraftBlock:
+        """The block, given its record on the host."""
+        if self._block is None:
+            self._block = block_of(self.record.tolist() if record is None else record, *self._whole)
+        return self._block
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.read(), name)
+
+
+Block = DraftBlock | UnreadBlock
 
 # What a verifier that decodes alone is given to judge.
 EMPTY_BLOCK = DraftBlock(torch.zeros(1, 0, dtype=torch.long), None, (), (), 0.0, True)
@@ -105,9 +168,9 @@ class Drafter:
         self.draws = 0
         self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
         self._forks: dict[tuple[int, int], Drafter] = {}  # by tokens that stand from the block's first on, and the next
-        self._flying: DraftBlock | None = None  # that was looked at for forks
+        self._flying: Block | None = None  # that was looked at for forks
         self._doubted = 0  # tokens drafted ahead that were
-        self._ends = eos_token_ids
+        self.ends = eos_token_ids
         self._final = 0
         self.processed = processed
         self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
@@ -153,7 +216,7 @@ class Drafter:
         """Raise `ModelError` unless a block of `length` tokens can be drafted."""
         self.sequence.check_room(self.pending.shape[1] + length - 1)
 
-    def lines(self, room: int, block: DraftBlock | None = None) -> list[Drafter]:
+    def lines(self, room: int, block: Block | None = None) -> list[Drafter]:
         """Who can draft a token more, up to `room` behind `block` (in flight): this drafter, and its forks.
 
         A fork is made where the drafter is uncertain, for each of its next best tokens: the verifier's correction is
@@ -229,7 +292,7 @@ class Drafter:
     def _tree(self) -> list[Drafter]:
         return [self, *(line for fork in self._forks.values() for line in fork._tree())]
 
-    def _doubts(self, block: DraftBlock | None) -> Iterator[tuple[int, int]]:
+    def _doubts(self, block: Block | None) -> Iterator[tuple[int, int]]:
         """Positions where this line is uncertain, with each runner-up there; a position comes once."""
         if block is not None and block is not self._flying:
             self._flying = block
@@ -244,12 +307,12 @@ class Drafter:
             if step.escalate:
                 yield from ((position, token) for token in self._runners_up(step, 0))
 
-    def _runners_up(self, block: DraftBlock, position: int) -> list[int]:
+    def _runners_up(self, block: Block, position: int) -> list[int]:
         assert block.rivals is not None
         best = block.rivals[0, position].tolist()
-        return [token for token in best if token != block.token_ids[position] and token not in self._ends]
+        return [token for token in best if token != block.token_ids[position] and token not in self.ends]
 
-    def _goes_on(self, block: DraftBlock | None) -> bool:
+    def _goes_on(self, block: Block | None) -> bool:
         """Whether anything can follow what was drafted ahead, or `block`."""
         last = self.buffer[-1] if self.buffer else block
         return (block is None or len(block) == self.drafted) and (last is None or not self._ended(last))
@@ -268,10 +331,10 @@ class Drafter:
         return num_accepted == self.drafted and guessed
 
     def _stopped(self, count: int) -> bool:
-        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]])
+        return self.stops is not None and self.stops([step.entropy[0] for step in self.buffer[:count]], None)
 
-    def _ended(self, block: DraftBlock) -> bool:
-        return bool(len(block)) and block.token_ids[-1] in self._ends
+    def _ended(self, block: Block) -> bool:
+        return bool(len(block)) and block.token_ids[-1] in self.ends
 
     def _settle(self, num_accepted: int, next_token: int) -> None:
         cached = self.drafted - 1
@@ -288,7 +351,11 @@ class Drafter:
         self.pending = kept
 
 
-@torch.inference_mode()
+def draft_unread(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[UnreadBlock | Exception]:
+    """What `draft_blocks` returns, with nothing read by the host."""
+    return _draft(drafters, lengths, read=False)
+
+
 def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[DraftBlock | Exception]:
     """Draft a block for each of several requests, step by step together: one forward pass a step for all of them.
 
@@ -304,11 +371,17 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     list of DraftBlock or Exception
         The error of a request that has no room for its block, or whose logits have no finite value.
     """
+    return _draft(drafters, lengths, read=True)
+
+
+@torch.inference_mode()
+def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -> list[Any]:
     least = [one.config.min_block if one.stops else length for one, length in zip(drafters, lengths, strict=True)]
     roomy = [attempt(one.check_room, min(pair)) for one, *pair in zip(drafters, lengths, least, strict=True)]
     if any(roomy):
         able = [row for row, error in enumerate(roomy) if error is None]
-        blocks = iter(draft_blocks([drafters[row] for row in able], [lengths[row] for row in able]) if able else [])
+        rest = [drafters[row] for row in able], [lengths[row] for row in able]
+        blocks = iter(_draft(*rest, read=read) if able else [])
         return [next(blocks) if error is None else error for error in roomy]
     config, device = drafters[0].config, drafters[0].pending.device
     watched = any(drafter.stops for drafter in drafters)
@@ -321,6 +394,7 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
     logits: list[list[Tensor]] = [[] for _ in drafters]
     rivals: list[list[Tensor]] = [[] for _ in drafters]
     active = list(range(rows))
+    clock = time.perf_counter()
     for step in range(width):
         if tokens:
             _foretell(drafters, tokens, entropies)
@@ -342,10 +416,12 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
             for row, best in zip(active, z.topk(min(RUNNERS_UP + 1, z.shape[-1])).indices.split(1), strict=True):
                 rivals[row].append(best)
         if watched and step + 1 < width:
-            for row, nats in zip(active, entropy.tolist(), strict=True):
-                seen[row].append(nats)
+            nats = entropy.tolist()
+            before, clock = clock, time.perf_counter()
+            for row, value in zip(active, nats, strict=True):
+                seen[row].append(value)
                 stops = drafters[row].stops
-                if stops is not None and stops(seen[row]):
+                if stops is not None and stops(seen[row], clock - before):
                     lengths[row] = step + 1
         if len(active) < rows:
             where = torch.tensor(active, device=device)
@@ -361,13 +437,21 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
         drafter.draws = offset + len(tokens)
     drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)  # [rows, K]
     ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
-    records = gate(drafted, entropy, config, drafters[0].eos, ends).tolist()
+    records: Any = gate(drafted, entropy, config, drafters[0].eos, ends)
+    kept = [torch.stack(own, 1) if own else None for own in logits]
+    if not read:
+        drafted = drafted.clamp(min=0)  # a verifier cannot be fed what nothing finite was drawn from
+        return [
+            UnreadBlock(drafted[row : row + 1, :length], kept[row], records[row], drafters[row].ends)
+            for row, length in enumerate(lengths)
+        ]
+    records = records.tolist()
     return [
         attempt(
             block_of,
             record,
             drafted[row : row + 1, :length],
-            torch.stack(logits[row], 1) if logits[row] else None,
+            kept[row],
             torch.stack(rivals[row], 1) if rivals[row] else None,
         )
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))

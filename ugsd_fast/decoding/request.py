@@ -12,7 +12,7 @@ from torch import Tensor
 from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
-from ugsd_fast.decoding.drafter import DraftBlock, Drafter
+from ugsd_fast.decoding.drafter import Block, DraftBlock, Drafter
 from ugsd_fast.decoding.processors import NO_STEERING, Steering, Stopping
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
@@ -136,19 +136,25 @@ class Request:
         """Tokens to draft next."""
         return min(self._length.next(), self.room)
 
-    def escalates(self, block: DraftBlock) -> bool:
+    def escalates(self, block: Block) -> bool:
         """Whether a block goes to the verifier."""
         return self.session is not None and (self._config.always_escalate or block.escalate)
 
-    def wants_bonus(self, block: DraftBlock) -> bool:
+    def wants_bonus(self, block: Block) -> bool:
         """Whether a token of the verifier's is to follow a block that stands whole."""
-        if not len(block):
+        if not block.width:
             return True
-        ended = len(block) == self.room or block.token_ids[-1] in self._eos
-        return self._config.appends_bonus and not ended
+        # Where an unread block ends is for its verifier to see.
+        ended = isinstance(block, DraftBlock) and block.token_ids[-1] in self._eos
+        return self._config.appends_bonus and block.width < self.room and not ended
 
     def settle(
-        self, block: DraftBlock, verdict: Verdict | Exception | None, *, draft_seconds: float, verify_seconds: float
+        self,
+        block: Block,
+        verdict: Verdict | Exception | None,
+        *,
+        draft_seconds: float,
+        verify_seconds: float,
     ) -> StreamEvent:
         """Take a block's outcome: `verdict` of the verifier, None where it was not asked or did not answer.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ugsd_fast.decoding.drafter import DraftBlock, Drafter, draft_ahead
+from ugsd_fast.decoding.drafter import Block, Drafter, draft_ahead
 from ugsd_fast.errors import attempt
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class VerifyCall(NamedTuple):
 
     session: Any
     committed: Sequence[int]
-    block: DraftBlock
+    block: Block
     bonus: bool
 
 

@@ -169,11 +169,15 @@ class AudioLM:
         """Length of the audio encoder's window, None where there is no such limit."""
         if self.processor is None or self.family is None or self.family.window is None:
             return None
-        extractor = self._extractor
-        return self.family.window(extractor) / extractor.sampling_rate
+        return self.family.window(self.extractor) / self.sampling_rate
 
     @property
-    def _extractor(self) -> Any:
+    def sampling_rate(self) -> int:
+        """Samples a second of what the processor takes."""
+        return int(self.extractor.sampling_rate)
+
+    @property
+    def extractor(self) -> Any:
         """What makes features of samples."""
         return getattr(self.processor, "feature_extractor", None) or self.processor.audio_processor
 
@@ -206,9 +210,9 @@ class AudioLM:
                 f"AudioLM: {type(self.model).__name__} has no processor, expected one to caption audio "
                 "(pass prepared model inputs instead: generate(inputs=...))"
             )
-        extractor = self._extractor
-        clip = load_audio(audio, max_seconds=self.max_audio_seconds).resampled(extractor.sampling_rate)
-        heard = {"audio": [clip.samples], "sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
+        rate = self.sampling_rate
+        clip = load_audio(audio, max_seconds=self.max_audio_seconds).resampled(rate)
+        heard = {"audio": [clip.samples], "sampling_rate": rate, "return_tensors": "pt"}
         if self.family.is_encoder_decoder:
             return self.to_device({**self.processor(**heard), **self._decoder_prompt(prompt)})
         wav = base64.b64encode(clip.wav()).decode() if self.family.template_hears else None

@@ -40,6 +40,9 @@ class Family:
         Whether a LoRA adapter of the checkpoint belongs to requests with audio only.
     rope_switch : callable
         Model config -> number of positions behind which the rotary frequencies of *all* positions change, or None.
+    text_alone : bool
+        Whether behind the audio the model is its text decoder and LM head, with nothing around or behind them that
+        changes a logit (no scaling, no inputs by layer).
     mixes_attention : bool
         Whether a part of the model has eager attention only: transformers then chooses for each part.
     template_hears : bool
@@ -64,6 +67,7 @@ class Family:
     forward_kwargs: Mapping[str, Any] = field(default_factory=dict)
     toggles_adapter: bool = False
     rope_switch: Callable[[Any], int | None] = lambda config: None
+    text_alone: bool = False
     mixes_attention: bool = False
     template_hears: bool = False
     trims_features: bool = False
@@ -155,6 +159,7 @@ FAMILIES = (
         model_types=("qwen2_audio",),
         model_class="Qwen2AudioForConditionalGeneration",
         processor_class="Qwen2AudioProcessor",
+        text_alone=True,
         audio_tokens=_pooled,
         window=lambda extractor: extractor.n_samples,
     ),
@@ -162,6 +167,7 @@ FAMILIES = (
         model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
         model_class="Qwen2_5OmniThinkerForConditionalGeneration",
         processor_class="Qwen2_5OmniProcessor",
+        text_alone=True,
         audio_tokens=_pooled,
         trims_features=True,
         window=lambda extractor: extractor.n_samples,
@@ -171,6 +177,7 @@ FAMILIES = (
         model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
         model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
         processor_class="Qwen3OmniMoeProcessor",
+        text_alone=True,
         audio_tokens=_windowed,
         has_vision=True,
     ),
@@ -178,12 +185,14 @@ FAMILIES = (
         model_types=("qwen3_asr",),
         model_class="Qwen3ASRForConditionalGeneration",
         processor_class="Qwen3ASRProcessor",
+        text_alone=True,
         audio_tokens=_windowed,
     ),
     Family(
         model_types=("voxtral",),
         model_class="VoxtralForConditionalGeneration",
         processor_class="VoxtralProcessor",
+        text_alone=True,
         audio_tokens=_whole_windows,
         template_hears=True,
     ),
@@ -198,18 +207,21 @@ FAMILIES = (
         model_types=("audioflamingo3",),
         model_class="AudioFlamingo3ForConditionalGeneration",
         processor_class="AudioFlamingo3Processor",
+        text_alone=True,
         audio_tokens=_pooled,
     ),
     Family(
         model_types=("musicflamingo",),
         model_class="MusicFlamingoForConditionalGeneration",
         processor_class="MusicFlamingoProcessor",
+        text_alone=True,
         audio_tokens=_pooled,
     ),
     Family(
         model_types=("glmasr",),
         model_class="GlmAsrForConditionalGeneration",
         processor_class="GlmAsrProcessor",
+        text_alone=True,
         audio_tokens=_merged_by_four,
     ),
     Family(
@@ -243,6 +255,7 @@ FAMILIES = (
         model_types=("vibevoice_asr",),
         model_class="VibeVoiceAsrForConditionalGeneration",
         processor_class="VibeVoiceAsrProcessor",
+        text_alone=True,
         audio="input_values",
         audio_tokens=_hops,
         forward_kwargs={"sample": False},  # noise on the audio would make two passes over one clip disagree

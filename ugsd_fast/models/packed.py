@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
 from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
+from ugsd_fast.ops.backend import extension
+
+# New tokens of a request up to which the extension attends: for more, matrix products are faster.
+_FEW = 64
+
+# Arguments of attention that change nothing where every query sees its own request up to itself.
+_OF_NO_MATTER = frozenset({"scaling", "is_causal", "use_cache"})
 
 _lock = threading.Lock()
 _in_use: WeakKeyDictionary[Any, tuple[list[Any], str, int]] = WeakKeyDictionary()  # configs, name, packed forwards
@@ -102,7 +109,7 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     starts = [sequence.length for sequence in sequences]
     spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
     positions = torch.tensor([[position for span in spans for position in span]]).to(ids.device, non_blocking=True)
-    wanted: int | Tensor = 0
+    wanted: Tensor | None = None
     if sum(keep) < ids.shape[1]:
         ends = list(accumulate(counts))
         wanted = torch.tensor([at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)])
@@ -110,11 +117,16 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     caches: list[Any] = [sequence.cache for sequence in sequences]
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
     arguments = {**first.step_kwargs(ids, positions, no_mask), **first.hear(sequences, audio)}
-    with _intercepted(model) as attention, last_logits(model, wanted) as extra:
+    text = first.text_part()
+    with _intercepted(model) as attention:
         cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
         if isinstance(caches[0], EncoderDecoderCache):
             cache = _PackedEncoderDecoderCache(cache, caches, counts)
-        logits = model(**arguments, past_key_values=cache, use_cache=True, **extra).logits[0]
+        if text is not None:
+            logits = text(arguments, cache, wanted)[0]
+        else:
+            with last_logits(model, wanted) as extra:
+                logits = model(**arguments, past_key_values=cache, use_cache=True, **extra).logits[0]
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.appended(count)
     return logits
@@ -129,12 +141,26 @@ class Ragged:
         self.parts = parts  # [1, H, T, D] each
         self.counts = counts  # queries of each
         self.mask_of = mask_of
+        self.requests: list[int] | None = None  # as the extension takes them, where it can attend
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Ragged:
         """Apply what a module does to keys on their way (padding a head) to each part."""
         self = args[0]
         return cls([func(part, *args[1:], **(kwargs or {})) for part in self.parts], self.counts, self.mask_of)
+
+
+class _Views(Sequence[Tensor]):
+    """The keys or values of several requests' layers, as views made when they are asked for."""
+
+    def __init__(self, layers: Sequence[Any], name: str):
+        self._layers, self._name = layers, name
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return getattr(self._layers[index], self._name)
 
 
 class PackedCache(Cache):
@@ -159,16 +185,37 @@ class PackedCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append the states [1, H, N, D] of a packed row and return all keys and values, each request's apart."""
-        keys, values = [], []
-        for cache, key, value in zip(
-            self._caches, key_states.split(self._counts, 2), value_states.split(self._counts, 2), strict=True
-        ):
-            own_keys, own_values = cache.update(key, value, layer_idx)
-            keys.append(own_keys)
-            values.append(own_values)
         layer: Any = self.layers[layer_idx]
         mask_of = partial(self._mask_of, layer.sliding_window if layer.is_sliding else None, key_states)
-        return Ragged(keys, self._counts, mask_of), Ragged(values, self._counts, None)
+        if self._attends_at_once(layer, key_states, value_states):
+            layers = [cache.layers[layer_idx] for cache in self._caches]
+            if not layer.is_initialized:
+                for one, count in zip(layers, self._counts, strict=True):
+                    one.lazy_initialization(key_states[:, :, :count], value_states[:, :, :count])
+            extended = [layer.extend(count) for layer, count in zip(layers, self._counts, strict=True)]
+            requests = list(chain.from_iterable(extended))
+            extension.append_slots(key_states, value_states, requests)
+            keys, values = (Ragged(_Views(layers, name), self._counts, None) for name in ("keys", "values"))
+            keys.mask_of, keys.requests = mask_of, requests
+            return keys, values
+        parts = key_states.split(self._counts, 2), value_states.split(self._counts, 2)
+        held = [cache.update(key, value, layer_idx) for cache, key, value in zip(self._caches, *parts, strict=True)]
+        return (
+            Ragged([own for own, _ in held], self._counts, mask_of),
+            Ragged([own for _, own in held], self._counts, None),
+        )
+
+    def _attends_at_once(self, layer: Any, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether the extension can attend for all requests in one call."""
+        return (
+            extension is not None
+            and self._mask == "bool"
+            and max(self._counts) <= _FEW
+            and not layer.is_sliding
+            and key_states.dtype is value_states.dtype is torch.float32
+            and key_states.device.type == "cpu"
+            and key_states.stride(3) == value_states.stride(3) == 1
+        )
 
     def _mask_of(self, window: int | None, like: Tensor, count: int, slots: int) -> Tensor | None:
         """The mask [1, 1, q, T] of a request's `count` queries over `slots` keys, the newest being its own."""
@@ -272,6 +319,12 @@ def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attent
     if not isinstance(key, Ragged):
         return inner(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
+    if key.requests is not None and query.stride(3) == 1 and _is_plain(kwargs):
+        out = query.new_empty(1, query.shape[2], query.shape[1], value.parts[0].shape[3])
+        scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+        heads = key.parts[0].shape[1]
+        extension.packed_attention(query, out, key.requests, heads, scale, torch.get_num_threads())
+        return out, None
     if key.mask_of is None:
         kwargs["is_causal"] = False  # cross-attention
     elif kwargs.get("is_causal") is not None:
@@ -281,3 +334,11 @@ def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attent
         for own, keys, values, count in zip(query.split(key.counts, 2), key.parts, value.parts, key.counts, strict=True)
     ]
     return torch.cat(outputs, 1), None
+
+
+def _is_plain(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing else is asked of attention: no dropout, no bias, no cap."""
+    return all(
+        name in _OF_NO_MATTER or value is None or (isinstance(value, (bool, float)) and not value)
+        for name, value in kwargs.items()
+    )

@@ -19,6 +19,7 @@ from ugsd_fast.cache.attention import attention_of
 from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.families import Family
+from ugsd_fast.models.text_part import TextPart, text_part
 
 # Attention implementations that `forward_packed` can take apart, and the mask that each takes.
 PACKABLE_ATTENTION = {"sdpa": "bool", "eager": "float", "flash_attention_2": None, "flash_attention_3": None}
@@ -58,12 +59,15 @@ class CachedSequence:
     the next request would find it.
     """
 
+    _text_alone = False
+
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], family: Family | None = None):
         self.model = model
         self._prompt = dict(inputs)
         self._hears = family is not None and family.audio in inputs
         self._first_kwargs = family.forward_kwargs if family is not None and self._hears else {}
         self._audio_token = family.audio_token_id(model.config) if family is not None and self._hears else None
+        self._text_alone = family is not None and family.text_alone
         self._toggles_adapter = family is not None and family.toggles_adapter
         self._rope_switch = family.rope_switch(model.config) if family is not None else None
         self.cache: Cache = new_cache(model.config)
@@ -106,14 +110,14 @@ class CachedSequence:
         wanted = (
             torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device) if first and keep > 1 else int(first)
         )
-        with last_logits(self.model, wanted) as extra:
-            logits = self.model(
-                **self.step_kwargs(ids, self._position_ids(ids), mask),
-                past_key_values=self.cache,
-                use_cache=True,
-                **audio,
-                **extra,
-            ).logits
+        arguments = self.step_kwargs(ids, self._position_ids(ids), mask)
+        text = self.text_part()
+        if text is not None:
+            logits = text(arguments, self.cache)
+        else:
+            with last_logits(self.model, wanted) as extra:
+                arguments |= audio | extra
+                logits = self.model(**arguments, past_key_values=self.cache, use_cache=True).logits
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
@@ -168,6 +172,10 @@ class CachedSequence:
         """What a forward that `sequences` begin with is given of their `audio`, batched; nothing in later ones."""
         return audio
 
+    def text_part(self) -> TextPart | None:
+        """What the next forward can be given to instead of the whole model; None: to nothing less."""
+        return text_part(self.model) if self.length and self._text_alone else None
+
     def step_kwargs(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward that append tokens behind the prompt."""
         self._toggle_adapter()
@@ -214,13 +222,13 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def last_logits(model: Any, keep: int | Tensor) -> Iterator[dict[str, int | Tensor]]:
-    """Have the next forward compute the logits of the last `keep` positions only (0 = all), or of those in a tensor.
+def last_logits(model: Any, keep: int | Tensor | None) -> Iterator[dict[str, int | Tensor]]:
+    """Have the next forward compute the logits of the last `keep` positions only (0: all), or of those in a tensor.
 
     A prompt of a thousand positions times 152064 columns is 600 MB of logits that nobody reads. Families whose forward
     has ``logits_to_keep`` are asked; for the others, the input of the LM head is cut.
     """
-    if isinstance(keep, int) and not keep:
+    if keep is None or (isinstance(keep, int) and not keep):
         yield {}
     elif _keeps_logits(getattr(model.forward, "__func__", model.forward)):
         yield {"logits_to_keep": keep}

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ugsd_fast import ops
-from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.drafter import Block, DraftBlock
 from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.decoding.vocabulary import fingerprint
 from ugsd_fast.errors import ModelError, UGSDError
 from ugsd_fast.models import AudioLM
+from ugsd_fast.models.packed import forward_packed
+from ugsd_fast.models.sequence import CachedSequence
 from ugsd_fast.serving import protocol
 from ugsd_fast.serving.front_end import PromptMaker
 from ugsd_fast.serving.limits import Limits
+from ugsd_fast.serving.memory import CacheMemory
 from ugsd_fast.serving.metrics import Metrics
 from ugsd_fast.serving.prefill import StagedSequence, prompt_embeddings
 from ugsd_fast.serving.scheduler import Schedulable, Scheduler
@@ -41,11 +46,20 @@ class ServedSession(LocalSession):
         Of the prompt; kept, to compute the cache again after an eviction.
     config : UGSDConfig
         The acceptance rule.
+    on_rebuild : callable
+        Called when an evicted cache is computed again.
+
+    Attributes
+    ----------
+    prompt_length : int
+        Positions of the prompt, those of the audio included.
     """
 
     def __init__(self, model: AudioLM, inputs: dict[str, Tensor], config: UGSDConfig, on_rebuild: Callable[[], None]):
         super().__init__(model, lambda: dict(inputs), config)
-        self._inputs = inputs
+        self.inputs = inputs
+        embeddings = inputs.get("inputs_embeds")
+        self.prompt_length = (model.prompt_ids(inputs) if embeddings is None else embeddings).shape[1]
         self._on_rebuild = on_rebuild
         self._was_ready = False
         self._cached: list[int] = []  # of the caption, in the cache
@@ -60,36 +74,50 @@ class ServedSession(LocalSession):
         return self._prompt_logits is not None
 
     @property
-    def kv_bytes(self) -> int:
-        """Memory of keys and values, as allocated."""
-        return 0 if self._sequence is None else cache_bytes(self._sequence.cache)
+    def remaining(self) -> int:
+        """Positions of the prompt that are not in the cache yet."""
+        if self._sequence is None:
+            return self.prompt_length
+        return 0 if self.ready else self.prompt_length - self._sequence.length
+
+    def shares(self, positions: int) -> bool:
+        """Whether the prompt can be computed in one forward with others."""
+        return self._sequence is None and "inputs_embeds" not in self.inputs and self.prompt_length <= positions
+
+    def begin(self) -> CachedSequence:
+        """The sequence of a prompt that is to be computed in one piece."""
+        assert self._prepare is not None
+        if self._was_ready:
+            self._on_rebuild()
+        self._sequence = self._model.open(self._prepare())
+        return self._sequence
+
+    def heard(self, logits: Tensor) -> None:
+        """Note the logits [1, 1, V] behind the prompt."""
+        self._prompt_logits = logits
+        self._was_ready = True
 
     @torch.inference_mode()
-    def advance(self, positions: int) -> int:
-        """Compute a piece of the prompt; the first one hears the audio. How many positions it had."""
+    def advance(self, positions: int) -> None:
+        """Compute a piece of the prompt; the first one hears the audio."""
         if self._prepare is None or self.ready:
-            return 0
-        before = self._sequence.length if self._sequence is not None else 0
-        if self._sequence is None:
-            if self._was_ready:
-                self._on_rebuild()
+            return
+        if self._sequence is None and not self.shares(positions):
+            embeddings = self.inputs.get("inputs_embeds")
             family = self._model.family
-            embeddings = self._inputs.get("inputs_embeds")
-            if embeddings is None and not getattr(self._model.model.config, "is_encoder_decoder", False):
-                embeddings = prompt_embeddings(
-                    self._model.model, self._inputs, family.forward_kwargs if family is not None else {}
-                )
-            if embeddings is None:  # in one piece
-                self._sequence = self._model.open(self._prepare())
-                empty = torch.zeros(1, 0, dtype=torch.long, device=self._device)
-                self._prompt_logits = self._sequence.forward(empty, keep=1)
-            else:
+            if embeddings is None and (family is None or not family.is_encoder_decoder):
+                kwargs = family.forward_kwargs if family is not None else {}
+                embeddings = prompt_embeddings(self._model.model, self.inputs, kwargs)
+            if embeddings is not None:
+                if self._was_ready:
+                    self._on_rebuild()
                 self._sequence = StagedSequence(self._model.model, embeddings, family)
-        if isinstance(self._sequence, StagedSequence) and self._prompt_logits is None:
-            self._prompt_logits = self._sequence.advance(positions)
-        self._was_ready = self.ready
-        assert self._sequence is not None
-        return self._sequence.length - before
+        if isinstance(self._sequence, StagedSequence):
+            logits = self._sequence.advance(positions)
+        else:  # in one piece
+            logits = self.begin().forward(torch.zeros(1, 0, dtype=torch.long, device=self._device), keep=1)
+        if logits is not None:
+            self.heard(logits)
 
     def evict(self) -> None:
         """Free the cache."""
@@ -113,7 +141,7 @@ class ServedSession(LocalSession):
         tokens = torch.tensor([list(call.draft)], dtype=torch.long).reshape(1, -1)
         return DraftBlock(tokens, _draft_logits(call, self._vocab_size), tuple(call.draft), (), 0.0, True)
 
-    def accept(self, block: DraftBlock, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
+    def accept(self, block: Block, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
         """As `LocalSession.accept`, with the verifier's best tokens taken down where they were asked for."""
         if self._top_k:
             known = self._next_logits if feed.keep == len(block) else None
@@ -176,13 +204,13 @@ class ModelBackend:
         self.metrics = metrics or Metrics()
         self.audio_lm = model
         self._maker = PromptMaker(model)
-        possible = self._maker.possible()
+        possible = self._maker.levels
         wanted = [level for level in possible if level != "embeddings"] if uplinks is None else list(uplinks)
         refused = [level for level in wanted if level not in possible]
         if refused or not wanted:
             raise ModelError(
                 f"serve: {name} cannot take uplink level {', '.join(refused) or '(none chosen)'}, expected of "
-                f"{', '.join(possible) or 'no level: its inputs are not prepared from audio'}"
+                f"{', '.join(possible) or f'no level: {self._maker.reason}'}"
             )
         self.model = protocol.Model(
             name=name,
@@ -194,6 +222,7 @@ class ModelBackend:
             max_verify_bytes=self.limits.max_verify_bytes,
             front_end=self._maker.description if "features" in wanted else "",
         )
+        self._preparing = ThreadPoolExecutor(1, "ugsd-prepare")
         self._scheduler = Scheduler(BatchJudge(LocalVerifier(model)), self.limits, self.metrics)
 
     async def prepare(self, request: protocol.Open) -> ServedSession:
@@ -201,13 +230,14 @@ class ModelBackend:
         rules = request.rules
         try:
             config = UGSDConfig(**{name: getattr(rules, name) for name in rules.__struct_fields__})  # type: ignore[arg-type]
-            inputs = await asyncio.to_thread(self._maker.prepare, request)
+            loop = asyncio.get_running_loop()
+            inputs = await loop.run_in_executor(self._preparing, self._maker.prepare, request)
         except protocol.BadFrame as error:
             raise Refusal("bad_frame", str(error)) from None
         except (UGSDError, ValueError) as error:
             raise Refusal("refused", str(error)) from None
         state = ServedSession(self.audio_lm, inputs, config, self.metrics.rebuilds.inc)
-        self._scheduler.add(state)
+        self._scheduler.add(state)  # may refuse
         return state
 
     async def judge(self, state: ServedSession, call: Call) -> Judged:
@@ -219,15 +249,54 @@ class ModelBackend:
         self._scheduler.remove(state)
 
     def close(self) -> None:
-        """Stop the model's thread."""
+        """Stop the model's threads."""
+        self._preparing.shutdown()
         self._scheduler.close()
 
 
 class BatchJudge:
-    """Judges blocks of many `ServedSession` in one forward."""
+    """Hears prompts and judges blocks of many `ServedSession`, several in one forward."""
 
     def __init__(self, verifier: LocalVerifier):
         self._verifier = verifier
+        self._memory = CacheMemory(verifier.model)
+        self._one_at_a_time = threading.Lock() if forwards_change(verifier.model) else nullcontext()
+
+    def kv_bytes(self, state: Schedulable, call: Call | None = None) -> int:
+        """See `scheduler.Judge`."""
+        session = cast(ServedSession, state)
+        prompt = session.prompt_length
+        if call is None:
+            return self._memory(prompt, prompt, session.inputs)
+        caption = len(call.final) + len(call.draft)
+        return self._memory(prompt + caption, max(prompt, caption), session.inputs)
+
+    @torch.inference_mode()
+    def prefill(self, pieces: Sequence[tuple[Schedulable, int]]) -> list[Exception | None]:
+        """See `scheduler.Judge`."""
+        sessions = [cast(ServedSession, state) for state, _ in pieces]
+        outcomes: list[Exception | None] = [None] * len(pieces)
+        together = [session for session, (_, room) in zip(sessions, pieces, strict=True) if session.shares(room)]
+        with self._one_at_a_time:
+            if len(together) > 1:
+                try:
+                    self._prefill_packed(together)
+                except Exception:  # whose fault was it?
+                    for session in together:
+                        session.evict()
+            for index, (session, (_, positions)) in enumerate(zip(sessions, pieces, strict=True)):
+                try:
+                    session.advance(positions)
+                except Exception as error:
+                    outcomes[index] = error
+        return outcomes
+
+    def _prefill_packed(self, sessions: Sequence[ServedSession]) -> None:
+        sequences = [session.begin() for session in sessions]
+        none = [torch.zeros(1, 0, dtype=torch.long, device=self._verifier.model.device)] * len(sessions)
+        logits = forward_packed(sequences, none, [1] * len(sessions))
+        for session, row in zip(sessions, logits, strict=True):
+            session.heard(row.clone()[None, None])
 
     @torch.inference_mode()
     def judge(self, jobs: Sequence[tuple[Schedulable, Call]]) -> list[Judged | Exception]:
@@ -245,7 +314,8 @@ class BatchJudge:
                 continue
             started.append(index)
             calls.append(VerifyCall(session, [], block, call.bonus))
-        verdicts = self._verifier.verify_batch(calls) if calls else []
+        with self._one_at_a_time:
+            verdicts = self._verifier.verify_batch(calls) if calls else []
         for index, prepared, verdict in zip(started, calls, verdicts, strict=True):
             if isinstance(verdict, Exception):
                 outcomes[index] = Refusal("refused", str(verdict))
@@ -254,13 +324,13 @@ class BatchJudge:
         return cast("list[Judged | Exception]", outcomes)
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes that the keys and values of a cache take."""
-    total = 0
-    for layer in self_attention(cache).layers:
-        tensors = getattr(layer, "_storage", None) or (getattr(layer, "keys", None), getattr(layer, "values", None))
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
-    return total
+def forwards_change(model: AudioLM) -> bool:
+    """Whether forwards change the model itself, so that two cannot run beside each other."""
+    text = model.model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, Mapping)}
+    toggles = model.family is not None and model.family.toggles_adapter
+    return toggles or not kinds.isdisjoint({"dynamic", "longrope"})  # these replace frequencies by length
 
 
 def _draft_logits(call: Call, vocab_size: int) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,23 @@ import transformers
 from torch import Tensor
 
 from ugsd_fast.audio import Audio, load_audio
-from ugsd_fast.errors import AudioError, ModelError
-from ugsd_fast.models import DEFAULT_PROMPT, AudioLM, Family
+from ugsd_fast.errors import AudioError, ModelError, UGSDError
+from ugsd_fast.models import DEFAULT_PROMPT, AudioLM
 from ugsd_fast.serving.prefill import audio_rows, prompt_embeddings
 from ugsd_fast.serving.protocol import Open, Quantized, Uplink
 from ugsd_fast.serving.quantize import dequantize, quantize
 
-_EXTRACTORS = {"WhisperFeatureExtractor"}
+# Feature extractors that a device can have: what they compute follows from their settings alone.
+_EXTRACTORS = frozenset(
+    {"WhisperFeatureExtractor", "Qwen3ASRFeatureExtractor", "GraniteSpeechFeatureExtractor"}
+    | {"Phi4MultimodalFeatureExtractor", "Gemma3nAudioFeatureExtractor", "Gemma4AudioFeatureExtractor"}
+)
+# Ways in which processors call them: the first that gives what a verifier's processor gives is described to devices.
+_CALLS: tuple[dict[str, Any], ...] = (
+    {"padding": "max_length", "return_attention_mask": True},
+    {"return_attention_mask": True},
+    {},
+)
 
 
 class LogMel:
@@ -40,7 +50,10 @@ class LogMel:
         try:
             settings = json.loads(description)
             name, config, self._trims = settings["class"], settings["config"], bool(settings["trims"])
-        except (ValueError, KeyError, TypeError):
+            self._call = dict(settings.get("call", _CALLS[0]))
+            self._name = str(settings.get("input", "input_features"))
+            self._window = int(settings.get("window", 0))  # samples
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(
                 "uplink: the server describes no feature extractor, expected one for level 'features'"
             ) from None
@@ -49,27 +62,69 @@ class LogMel:
         self._extractor = getattr(transformers, name)(**config)
 
     @staticmethod
-    def describe(model: AudioLM) -> str:
-        """The feature extractor of a model's processor as JSON; empty where devices cannot have it."""
-        extractor: Any = getattr(model.processor, "feature_extractor", None)
-        if model.family is None or not _templated(model.family) or type(extractor).__name__ not in _EXTRACTORS:
+    def describe(model: AudioLM, template: Callable[[int], Tensor]) -> str:
+        """The feature extractor of a model's processor as JSON; empty where devices cannot have it.
+
+        Parameters
+        ----------
+        model : AudioLM
+            The model.
+        template : callable
+            Samples -> what the model's processor makes of so long a tone.
+        """
+        family, extractor = model.family, model.extractor
+        if family is None or family.audio == "input_values" or type(extractor).__name__ not in _EXTRACTORS:
             return ""
         config = {k: v for k, v in extractor.to_dict().items() if isinstance(v, (int, float, bool, str))}
         config = {k: v for k, v in config.items() if not k.endswith(("_type", "_class"))}
-        described = {"class": type(extractor).__name__, "config": config, "trims": model.family.trims_features}
-        return json.dumps(described, sort_keys=True)
+        lengths = [model.sampling_rate, int(0.37 * model.sampling_rate)]
+        windows = {0, getattr(extractor, "n_samples", 0)}
+        if model.max_audio_seconds is None:
+            lengths.append(int(2.3 * (max(windows) or model.sampling_rate)))
+        theirs = {length: template(length).float().cpu().numpy() for length in lengths}
+        for call in _CALLS:
+            for window in sorted(windows):
+                description = json.dumps(
+                    {
+                        "class": type(extractor).__name__, "config": config, "trims": family.trims_features,
+                        "call": call, "input": family.audio, "window": window,
+                    },
+                    sort_keys=True,
+                )  # fmt: skip
+                if LogMel(description)._agrees(theirs):
+                    return description
+        return ""
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Features [mel, frames] of samples at the verifier's rate."""
+        """Features [rows, columns] of samples at the verifier's rate."""
+        window = self._window or len(samples)
+        parts = [self._extract(samples[at : at + window]) for at in range(0, len(samples), window)]
+        return np.concatenate(parts).reshape(-1, parts[0].shape[-1])
+
+    def _extract(self, samples: np.ndarray) -> np.ndarray:
         made = self._extractor(
-            samples,
-            sampling_rate=self._extractor.sampling_rate,
-            return_attention_mask=True,
-            padding="max_length",
-            return_tensors="np",
+            [samples], sampling_rate=self._extractor.sampling_rate, return_tensors="np", **self._call
         )
-        features = made["input_features"][0]
-        return features[:, : int(made["attention_mask"].sum())] if self._trims else features
+        features = np.asarray(made[self._name])
+        return features[..., : int(made["attention_mask"].sum())] if self._trims else features
+
+    def _agrees(self, theirs: Mapping[int, np.ndarray]) -> bool:
+        """Whether it makes of tones what the processor makes of them."""
+        for length, wanted in theirs.items():
+            try:
+                ours = self(tone(length))
+            except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, ImportError):
+                return False
+            if ours.shape[-1] != wanted.shape[-1] or ours.size != wanted.size:
+                return False
+            if not np.allclose(ours.reshape(wanted.shape), wanted, atol=1e-2):
+                return False
+        return True
+
+
+def tone(samples: int) -> np.ndarray:
+    """A clip of this length."""
+    return np.sin(np.arange(samples, dtype=np.float32) + 1)
 
 
 def encode_flac(audio: Audio) -> bytes:
@@ -86,11 +141,6 @@ def encode_embeddings(encoder: AudioLM, audio: Audio) -> Quantized:
     return quantize(audio_rows(encoder, encoder.prepare(audio)).float().cpu().numpy())
 
 
-def _templated(family: Family) -> bool:
-    """Whether the chat template writes a prompt that features can be put into."""
-    return not family.is_encoder_decoder and not family.template_hears and family.audio == "input_features"
-
-
 class PromptMaker:
     """Makes a verifier's prompt of what a device sent.
 
@@ -98,28 +148,45 @@ class PromptMaker:
     ----------
     model : AudioLM
         The verifier.
+
+    Attributes
+    ----------
+    levels : tuple of str
+        Uplink levels that the verifier can be served at, from the least revealing.
+    reason : str
+        Why there is none.
+    description : str
+        Of the feature extractor; see `LogMel`.
     """
 
     def __init__(self, model: AudioLM):
         self.model = model
-        self.description = LogMel.describe(model)
-        extractor = getattr(model.processor, "feature_extractor", None)
-        self.sampling_rate = int(getattr(extractor, "sampling_rate", 16_000))
-
-    def possible(self) -> list[Uplink]:
-        """Levels that the verifier can be served at, from the least revealing."""
-        family = self.model.family
+        self.levels: tuple[Uplink, ...] = ()
+        self.reason = self.description = ""
+        self.sampling_rate = 16_000
+        family = model.family
         if family is None:
-            return ["none"]
-        if not _templated(family):
-            return []
+            if model.tokenizer is None:
+                self.reason = "it has no tokenizer for prompts"
+            else:
+                self.levels = ("none",)
+            return
+        if model.processor is None:
+            self.reason = "it has no processor to prepare audio with"
+            return
+        self.sampling_rate = model.sampling_rate
+        try:
+            inputs = self._template(self.sampling_rate, None)
+        except (UGSDError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+            self.reason = f"its processor prepares no audio ({type(error).__name__}: {error})"
+            return
         levels: list[Uplink] = []
-        inputs = self._template(self.sampling_rate, None)
-        if prompt_embeddings(self.model.model, inputs, family.forward_kwargs) is not None:
+        if prompt_embeddings(model.model, inputs, family.forward_kwargs) is not None:
             levels.append("embeddings")
-        if self.description and self._features_agree():
+        self.description = LogMel.describe(model, lambda samples: self._template(samples, None)[family.audio])
+        if self.description:
             levels.append("features")
-        return [*levels, "audio"]
+        self.levels = (*levels, "audio")
 
     @torch.inference_mode()
     def prepare(self, request: Open) -> dict[str, Tensor]:
@@ -155,8 +222,7 @@ class PromptMaker:
 
     def _template(self, samples: int, prompt: str | None) -> dict[str, Tensor]:
         """The prompt of a clip of this length, which is not there."""
-        tone = np.sin(np.arange(samples, dtype=np.float32) + 1)
-        return self.model.prepare((tone, self.sampling_rate), prompt)
+        return self.model.prepare((tone(samples), self.sampling_rate), prompt)
 
     def _text_prompt(self, prompt: str | None) -> dict[str, Tensor]:
         tokenizer, text = self.model.tokenizer, prompt or DEFAULT_PROMPT
@@ -169,15 +235,6 @@ class PromptMaker:
         if not ids.shape[1]:
             raise ModelError("the prompt is empty, expected at least one token")
         return self.model.to_device({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    def _features_agree(self) -> bool:
-        """Whether `LogMel` makes of a tone what the processor makes of it."""
-        tone = np.sin(np.arange(self.sampling_rate, dtype=np.float32) + 1)
-        inputs: Mapping[str, Any] = self._template(len(tone), None)
-        assert self.model.family is not None
-        theirs = inputs[self.model.family.audio].float().cpu().numpy()
-        ours = LogMel(self.description)(tone)
-        return ours.size == theirs.size and bool(np.allclose(ours.reshape(theirs.shape), theirs, atol=1e-2))
 
 
 def pack_draft_logits(logits: Tensor) -> bytes:

@@ -31,13 +31,14 @@ class Limits:
     max_waiting : int
         Verify frames that wait for the model before new ones are answered "busy".
     kv_bytes : int
-        Keys and values of all sessions together; idle sessions are evicted, the longest unused first.
+        Keys and values of all sessions together, claimed before they are computed; idle sessions are evicted, the
+        longest unused first.
     token_budget : int
         New tokens in one forward pass.
     prefill_chunk : int
-        Positions of prompts that are computed between two such passes.
+        Positions of prompts in one forward pass.
     max_wait : float
-        Seconds that a verify frame may wait for company.
+        Seconds that a verify frame may wait for company, five times as long while prompts queue.
     resume_seconds : float
         How long a session outlives its connection.
     retry_after : float
@@ -60,7 +61,7 @@ class Limits:
     max_waiting: int = 1024
     kv_bytes: int = 1 << 30
     token_budget: int = 2048
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     max_wait: float = 0.002
     resume_seconds: float = 120.0
     retry_after: float = 0.5

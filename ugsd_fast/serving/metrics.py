@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SESSIONS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
@@ -30,11 +31,12 @@ class Metrics:
         )
         self.forward_seconds = Histogram("ugsd_forward_seconds", "Forward passes", buckets=_SECONDS, registry=registry)
         self.batch_sessions = Histogram(
-            "ugsd_batch_sessions",
-            "Sessions in a forward pass",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            registry=registry,
+            "ugsd_batch_sessions", "Sessions in a forward pass", buckets=_SESSIONS, registry=registry
         )
+        self.prompt_seconds = Histogram(
+            "ugsd_prompt_seconds", "Turns of prompts, pieces of them included", buckets=_SECONDS, registry=registry
+        )
+        self.batch_prompts = Histogram("ugsd_batch_prompts", "Prompts in a turn", buckets=_SESSIONS, registry=registry)
 
     def text(self) -> bytes:
         """The Prometheus exposition."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +30,11 @@ def prompt_embeddings(model: Any, inputs: Mapping[str, Tensor], forward_kwargs: 
     None where the decoder needs more than embeddings (per-layer inputs, masks over images), which pieces cannot have.
     """
     decoder = model.get_decoder()
+    thread = threading.get_ident()
 
     def stop(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        raise _Reached(kwargs)
+        if threading.get_ident() == thread:  # others' forwards go on
+            raise _Reached(kwargs)
 
     hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
@@ -64,6 +67,7 @@ class StagedSequence(CachedSequence):
 
     def __init__(self, model: Any, embeddings: Tensor, family: Family | None = None):
         super().__init__(model, {}, family)
+        self._hears = family is not None
         self._embeddings = embeddings
         self.prompt_length = embeddings.shape[1]
 

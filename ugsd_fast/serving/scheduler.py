@@ -1,4 +1,4 @@
-"""One thread for one model: blocks that wait together share a forward pass, prompts are computed in between."""
+"""Two threads for one model: blocks that wait together share a forward pass, and so do prompts, beside them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from ugsd_fast.serving.metrics import Metrics
 from ugsd_fast.serving.sessions import Call, Judged, Refusal
 
 _LEAST_PIECE = 16  # positions that a piece counts for at least: a forward has a cost of its own
+_PATIENCE = 5  # times as long blocks wait for company while prompts queue: small batches would take their cores
 _log = logging.getLogger(__name__)
 
 
@@ -29,24 +30,27 @@ class Schedulable(Protocol):
         """Whether the prompt is in the cache."""
 
     @property
-    def kv_bytes(self) -> int:
-        """Memory of the cache."""
-
-    def advance(self, positions: int) -> int:
-        """Compute a piece of the prompt; how many positions it had."""
+    def remaining(self) -> int:
+        """Positions of the prompt that are not in the cache yet."""
 
     def needed(self, call: Call) -> int:
         """Tokens that a call's forward appends."""
 
     def evict(self) -> None:
-        """Free the cache; `advance` computes it again."""
+        """Free the cache; `Judge.prefill` computes it again."""
 
 
 class Judge(Protocol):
-    """A model that judges blocks of many sessions at once."""
+    """A model that hears prompts and judges blocks of many sessions at once; two threads call it."""
+
+    def kv_bytes(self, state: Schedulable, call: Call | None = None) -> int:
+        """Memory that a session's cache takes at most with its prompt, or with a call's caption and block behind it."""
+
+    def prefill(self, pieces: Sequence[tuple[Schedulable, int]]) -> list[Exception | None]:
+        """Compute up to so many positions of each prompt; what goes wrong with one of them is its own."""
 
     def judge(self, jobs: Sequence[tuple[Schedulable, Call]]) -> list[Judged | Exception]:
-        """Judge them in one forward pass; what goes wrong with one of them is its own."""
+        """Judge blocks in one forward pass; what goes wrong with one of them is its own."""
 
 
 class _Job:
@@ -69,7 +73,9 @@ class _Job:
 
 
 class Scheduler:
-    """Runs the forwards of all sessions.
+    """Runs the forwards of all sessions: one thread those of blocks, another those of prompts.
+
+    Memory is claimed before a forward that may take it, so that all claims together never exceed the budget.
 
     Parameters
     ----------
@@ -81,23 +87,38 @@ class Scheduler:
 
     def __init__(self, judge: Judge, limits: Limits, metrics: Metrics):
         self._judge, self._limits, self._metrics = judge, limits, metrics
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # what the thread of blocks waits for
+        self._prompt_wanted = threading.Condition(lock)
         self._jobs: deque[_Job] = deque()
         self._prompts: deque[Schedulable] = deque()  # taken in turn
         self._states: dict[int, Schedulable] = {}
+        self._computed: dict[int, Schedulable] = {}  # in a forward just now
+        self._claims: dict[int, int] = {}  # bytes of keys and values
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="ugsd-model", daemon=True)
-        self._thread.start()
+        turns = {"ugsd-blocks": self._judge_some, "ugsd-prompts": self._prefill_some}
+        self._threads = [
+            threading.Thread(target=self._run, args=(turn,), name=name, daemon=True) for name, turn in turns.items()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def add(self, state: Schedulable) -> None:
-        """Begin a session: its prompt is computed from now on."""
+        """Begin a session: its prompt is computed from now on.
+
+        Raises
+        ------
+        Refusal
+            If its prompt alone takes more memory than there is for all sessions.
+        """
+        self._check_fits(state)
         with self._changed:
             self._states[id(state)] = state
-            self._prompts.append(state)
-            self._changed.notify()
+            self._want_prompt(state)
 
     def submit(self, state: Schedulable, call: Call) -> Future[Judged]:
-        """Queue a block; raises `Refusal` where too many wait."""
+        """Queue a block; raises `Refusal` where too many wait, or the memory for all sessions could not hold it."""
+        self._check_fits(state, call)
         with self._changed:
             if self._closed or id(state) not in self._states:
                 raise Refusal("unknown_session", "the session has ended")
@@ -106,8 +127,7 @@ class Scheduler:
                 raise Refusal("busy", message, retry_after=self._limits.retry_after)
             job = _Job(state, call)
             self._jobs.append(job)
-            if not state.ready and state not in self._prompts:
-                self._prompts.append(state)
+            self._want_prompt(state)
             self._metrics.waiting.set(len(self._jobs))
             self._changed.notify()
         return job.future
@@ -118,46 +138,67 @@ class Scheduler:
             self._states.pop(id(state), None)
             if state in self._prompts:
                 self._prompts.remove(state)
-            for job in [job for job in self._jobs if job.state is state]:
-                self._jobs.remove(job)
-                job.fail(Refusal("unknown_session", "the session has ended"))
-            self._changed.notify()
+            if id(state) not in self._computed:
+                self._forget(state)
+            self._fail(state, Refusal("unknown_session", "the session has ended"))
+            self._changed.notify()  # of those left, all may be waiting
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+            self._prompt_wanted.notify()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closed or self._jobs or self._prompts):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                for job in self._jobs:  # evicted while it waited
-                    if not job.state.ready and job.state not in self._prompts:
-                        self._prompts.append(job.state)
-                batch = self._batch()
-                prompts = list(self._prompts)
-                if not batch and not prompts:
-                    self._changed.wait(self._limits.max_wait)  # for company, or for a job whose prompt is on its way
-                    continue
-            if batch:
-                self._forward(batch)
-            room = self._limits.prefill_chunk
-            for prompt in prompts:
-                room -= max(self._advance(prompt, room), _LEAST_PIECE)
-                if room <= 0:
-                    break
+    def _run(self, turn: Callable[[], None]) -> None:
+        while not self._closed:
+            turn()
 
-    def _batch(self) -> list[_Job]:
-        """The blocks of the next forward: the oldest first, one a session, up to the token budget."""
+    def _judge_some(self) -> None:
+        """One forward over blocks, or a wait for some."""
+        with self._changed:
+            for job in self._jobs:  # evicted while it waited
+                self._want_prompt(job.state)
+            batch, wait = self._batch()
+            if not batch:
+                if not self._closed:
+                    self._changed.wait(wait)
+                return
+            self._computed.update((id(job.state), job.state) for job in batch)
+        started = time.monotonic()
+        outcomes: list[Judged | Exception]
+        failure: Exception | None = None
+        try:
+            outcomes = self._judge.judge([(job.state, job.call) for job in batch])
+        except Exception as error:
+            _log_failure(f"a forward over {len(batch)} sessions", error)
+            failure, outcomes = error, [_failed(error)] * len(batch)
+        self._metrics.forward_seconds.observe(time.monotonic() - started)
+        self._metrics.batch_sessions.observe(len(batch))
+        with self._changed:
+            for job, outcome in zip(batch, outcomes, strict=True):
+                del self._computed[id(job.state)]
+                if isinstance(outcome, Exception) or id(job.state) not in self._states:
+                    self._forget(job.state)  # whatever is in the cache now, the next block finds a sound one
+            if failure is not None and len(batch) > 1:
+                self._queue_alone(batch)
+                return
+        for job, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                job.fail(outcome if isinstance(outcome, Refusal) else _failed(outcome))
+            else:
+                job.future.set_result(outcome)
+
+    def _batch(self) -> tuple[list[_Job], float | None]:
+        """The blocks of the next forward: the oldest first, one a session, up to the token budget.
+
+        Where it is worth waiting for company, none, and the seconds to wait; None where there is nothing to do.
+        """
         batch: list[_Job] = []
         tokens = 0
-        taken: set[int] = set()
+        taken = set(self._computed)
         for job in self._jobs:
             if id(job.state) in taken or not job.state.ready:
                 continue
@@ -168,97 +209,134 @@ class Scheduler:
             tokens += needed
             batch.append(job)
         if not batch:
-            return []
-        waited = time.monotonic() - batch[0].arrived
-        open_to_more = len(batch) < len(self._states) and tokens < self._limits.token_budget and not batch[0].alone
-        if open_to_more and waited < self._limits.max_wait and not self._prompts:
-            return []
+            return [], None
+        patience = self._limits.max_wait * (_PATIENCE if self._prompts else 1)
+        left = batch[0].arrived + patience - time.monotonic()
+        others = len(self._states) - len(self._prompts) - len(self._computed) - len(batch)
+        if others > 0 and tokens < self._limits.token_budget and not batch[0].alone and left > 0:
+            return [], left
         for job in batch:
             self._jobs.remove(job)
             job.state.last_used = time.monotonic()
         self._metrics.waiting.set(len(self._jobs))
-        return [job for job in batch if job.begin()]
+        busy = {id(job.state) for job in batch}
+        ready = []
+        for job in batch:
+            if not self._claim(job.state, job.call, busy):
+                job.fail(self._no_memory())
+            elif job.begin():
+                ready.append(job)
+        return ready, 0.0
 
-    def _forward(self, batch: list[_Job]) -> None:
-        started = time.monotonic()
-        try:
-            outcomes = self._judge.judge([(job.state, job.call) for job in batch])
-        except Exception as error:
-            _log_failure(f"a forward over {len(batch)} sessions", error)
-            if len(batch) > 1:
-                self._one_by_one(batch)
-                return
-            outcomes = [error]
-        self._metrics.forward_seconds.observe(time.monotonic() - started)
-        self._metrics.batch_sessions.observe(len(batch))
-        for job, outcome in zip(batch, outcomes, strict=True):
-            if not isinstance(outcome, Exception):
-                job.future.set_result(outcome)
-                continue
-            job.state.evict()  # whatever is in the cache now, the next block finds a sound one
-            job.fail(outcome if isinstance(outcome, Refusal) else _failed(outcome))
-        self._account()
-
-    def _one_by_one(self, batch: list[_Job]) -> None:
+    def _queue_alone(self, batch: list[_Job]) -> None:
         """Queue blocks again, each for a forward of its own, with caches computed anew."""
-        with self._changed:
-            for job in reversed(batch):
-                job.alone = True
-                job.state.evict()
-                if id(job.state) in self._states:
-                    self._jobs.appendleft(job)
-                    self._prompts.append(job.state)
-                else:
-                    job.fail(Refusal("unknown_session", "the session has ended"))
+        for job in reversed(batch):
+            job.alone = True
+            if id(job.state) in self._states:
+                self._jobs.appendleft(job)
+                self._want_prompt(job.state)
+            else:
+                job.fail(Refusal("unknown_session", "the session has ended"))
 
-    def _advance(self, state: Schedulable, positions: int) -> int:
-        """A piece of one prompt, of so many positions at most; then it is the next one's turn."""
-        error: Exception | None = None
-        computed = 0
-        if not self._make_room(state):
-            error = Refusal("busy", "no memory for another session", retry_after=self._limits.retry_after)
-        else:
-            try:
-                computed = state.advance(positions)
-            except Exception as raised:
-                _log_failure("a prompt", raised)
-                error = _failed(raised)
+    def _prefill_some(self) -> None:
+        """One turn of prompts, or a wait for some."""
         with self._changed:
-            if state in self._prompts:
-                self._prompts.remove(state)
-                if error is None and not state.ready:
+            pieces = self._pieces()
+            if not pieces:
+                if not self._closed:
+                    self._prompt_wanted.wait()
+                return
+            self._computed.update((id(state), state) for state, _ in pieces)
+        started = time.monotonic()
+        errors: list[Exception | None]
+        try:
+            errors = self._judge.prefill(pieces)
+        except Exception as failure:
+            errors = [failure] * len(pieces)
+        self._metrics.prompt_seconds.observe(time.monotonic() - started)
+        self._metrics.batch_prompts.observe(len(pieces))
+        with self._changed:
+            for (state, _), error in zip(pieces, errors, strict=True):
+                del self._computed[id(state)]
+                if error is not None:
+                    _log_failure("a prompt", error)
+                    self._forget(state)
+                    self._fail(state, _failed(error))
+                elif id(state) not in self._states:
+                    self._forget(state)
+                elif not state.ready:
                     self._prompts.append(state)
-            failed = [job for job in self._jobs if job.state is state] if error else []
-            for job in failed:
-                self._jobs.remove(job)
-        if error is not None:
-            state.evict()
-            for job in failed:
-                job.fail(error)
-        self._account()
-        return computed
+            self._changed.notify()
 
-    def _make_room(self, wanting: Schedulable | None = None) -> bool:
-        """Evict idle sessions, the longest unused first, until the budget holds; whether it does."""
-        with self._changed:
-            busy = {id(job.state) for job in self._jobs} | {id(state) for state in self._prompts} | {id(wanting)}
-            states = list(self._states.values())
-        used = sum(state.kv_bytes for state in states)
-        idle = sorted((s for s in states if id(s) not in busy and s.kv_bytes), key=lambda state: state.last_used)
-        for state in idle:
-            if used < self._limits.kv_bytes:
+    def _pieces(self) -> list[tuple[Schedulable, int]]:
+        """The prompts of the next turn: as many whole ones as fit, or a piece of one that is longer than a turn."""
+        pieces: list[tuple[Schedulable, int]] = []
+        room = self._limits.prefill_chunk
+        while self._prompts and room > 0:
+            state = self._prompts[0]
+            if pieces and state.remaining > room:
                 break
-            used -= state.kv_bytes
-            state.evict()
-            self._metrics.evictions.inc()
-        return used < self._limits.kv_bytes
+            self._prompts.popleft()
+            if not self._claim(state, None, {id(state) for state, _ in pieces}):
+                self._fail(state, self._no_memory())
+                continue
+            pieces.append((state, min(state.remaining, room)))
+            room -= max(state.remaining, _LEAST_PIECE)
+        return pieces
 
-    def _account(self) -> None:
-        with self._changed:
-            used = sum(state.kv_bytes for state in self._states.values())
-        self._metrics.kv_bytes.set(used)
-        if used > self._limits.kv_bytes:
-            self._make_room()
+    def _want_prompt(self, state: Schedulable) -> None:
+        """Queue a session's prompt, unless it is in the cache or on its way there."""
+        if not state.ready and id(state) not in self._computed and state not in self._prompts:
+            self._prompts.append(state)
+            self._prompt_wanted.notify()
+
+    def _fail(self, state: Schedulable, error: Refusal) -> None:
+        """Answer all blocks of a session with an error."""
+        for job in [job for job in self._jobs if job.state is state]:
+            self._jobs.remove(job)
+            job.fail(error)
+
+    def _claim(self, state: Schedulable, call: Call | None, chosen: set[int]) -> bool:
+        """Reserve memory for a session's forward, at the cost of idle ones, the longest unused first.
+
+        Sessions that wait, are computed, or are `chosen` for the same forward keep theirs.
+        """
+        held = self._claims.get(id(state), 0)
+        more = self._judge.kv_bytes(state, call) - held
+        if more <= 0:
+            return True
+        free = self._limits.kv_bytes - sum(self._claims.values())
+        if more > free:
+            busy = {id(job.state) for job in self._jobs} | {id(one) for one in self._prompts}
+            busy |= {id(state)} | chosen | self._computed.keys()
+            idle = sorted(
+                (self._states[key] for key in self._claims if key not in busy), key=lambda state: state.last_used
+            )
+            for victim in idle:
+                if more <= free:
+                    break
+                free += self._claims[id(victim)]
+                self._forget(victim)
+                self._metrics.evictions.inc()
+        if more > free:
+            return False
+        self._claims[id(state)] = held + more
+        self._metrics.kv_bytes.set(sum(self._claims.values()))
+        return True
+
+    def _forget(self, state: Schedulable) -> None:
+        """Free a session's cache."""
+        state.evict()
+        self._claims.pop(id(state), None)
+        self._metrics.kv_bytes.set(sum(self._claims.values()))
+
+    def _check_fits(self, state: Schedulable, call: Call | None = None) -> None:
+        need, most = self._judge.kv_bytes(state, call), self._limits.kv_bytes
+        if need > most:
+            raise Refusal("refused", f"the session takes {need} bytes of keys and values, expected at most {most}")
+
+    def _no_memory(self) -> Refusal:
+        return Refusal("busy", "no memory for another session", retry_after=self._limits.retry_after)
 
 
 def _log_failure(what: str, error: Exception) -> None:

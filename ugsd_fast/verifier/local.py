@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from transformers import LogitsProcessor
 
 from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, filter_logits
+from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, Block, UnreadBlock, filter_logits
 from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import VerifyCall
@@ -40,6 +41,8 @@ class LocalVerifier:
     >>> Decoder(pair.draft, verifier, pair.config).generate(clips()[0].path).metrics.verifier_forwards < 10
     True
     """
+
+    reads_blocks = True  # takes an `UnreadBlock`, and reads it with its verdict
 
     def __init__(self, model: AudioLM):
         self.model = model
@@ -89,7 +92,7 @@ class LocalVerifier:
         verdicts = iter(self._verify_together(able) if able else [])
         return [next(verdicts) if error is None else error for error in ready]
 
-    def _verify_together(self, calls: Sequence[VerifyCall]) -> list[Verdict]:
+    def _verify_together(self, calls: Sequence[VerifyCall]) -> list[Verdict | Exception]:
         sessions: list[LocalSession] = [call.session for call in calls]
         feeds = [session.feed(call.committed, call.block) for session, call in zip(sessions, calls, strict=True)]
         asked = [index for index, feed in enumerate(feeds) if feed.keep]
@@ -103,11 +106,13 @@ class LocalVerifier:
             session.accept(call.block, feed, logits.get(index), bonus=call.bonus)
             for index, (session, call, feed) in enumerate(zip(sessions, calls, feeds, strict=True))
         ]
-        host = torch.cat([torch.cat([one.num_accepted, one.next_token]) for one in accepted]).tolist()
-        verdicts = [Verdict(int(n), int(token)) for n, token in zip(host[::2], host[1::2], strict=True)]
-        for session, call, verdict in zip(sessions, calls, verdicts, strict=True):
-            session.settle(call.block, verdict)
-        return verdicts
+        notes = [_notes(call.block, one) for call, one in zip(calls, accepted, strict=True)]
+        host = torch.cat(notes).tolist()
+        starts = accumulate((len(note) for note in notes), initial=0)
+        return [
+            attempt(session.settle, call.block, host[start : start + len(note)])
+            for session, call, note, start in zip(sessions, calls, notes, starts)
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -177,21 +182,19 @@ class LocalSession:
         return self._sequence
 
     @torch.inference_mode()
-    def verify(self, committed: Sequence[int], block: DraftBlock, *, bonus: bool) -> Verdict:
+    def verify(self, committed: Sequence[int], block: Block, *, bonus: bool) -> Verdict:
         """Judge a block in one forward pass; see `VerifierSession.verify`."""
         feed = self.feed(committed, block)
         logits = self.sequence.forward(feed.tokens, keep=feed.keep) if feed.keep else None
         accepted = self.accept(block, feed, logits, bonus=bonus)
-        verdict = Verdict(*torch.cat([accepted.num_accepted, accepted.next_token]).tolist())
-        self.settle(block, verdict)
-        return verdict
+        return self.settle(block, _notes(block, accepted).tolist())
 
     def close(self) -> None:
         """Free the cache."""
         self._prepare = self._sequence = None
         self._next_logits = self._last_logits = None
 
-    def check_room(self, committed: Sequence[int], block: DraftBlock) -> None:
+    def check_room(self, committed: Sequence[int], block: Block) -> None:
         """Raise unless a block can be judged: the prompt cannot be prepared, or has no room for it.
 
         Raises
@@ -199,9 +202,9 @@ class LocalSession:
         AudioError, ModelError
             Naming the reason.
         """
-        self.sequence.check_room(len(self._pending) + len(committed) + len(block))
+        self.sequence.check_room(len(self._pending) + len(committed) + block.width)
 
-    def feed(self, committed: Sequence[int], block: DraftBlock) -> Feed:
+    def feed(self, committed: Sequence[int], block: Block) -> Feed:
         """What the next forward has to append to judge a block."""
         pending = [*self._pending, *committed]
         if self._processed is not None and committed:
@@ -211,11 +214,11 @@ class LocalSession:
             fed = torch.cat([torch.tensor([pending], dtype=torch.long, device=self._device), fed], dim=1)
         known = self._next_logits is not None and not pending
         # Ids beyond the vocabulary cannot be embedded; `accept_block` rejects them, and the rollback forgets them.
-        return Feed(fed.clamp(max=self._vocab_size - 1), len(block) + (not known))
+        return Feed(fed.clamp(max=self._vocab_size - 1), block.width + (not known))
 
-    def accept(self, block: DraftBlock, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
+    def accept(self, block: Block, feed: Feed, logits: Tensor | None, *, bonus: bool) -> ops.Acceptance:
         """Apply the rule to a block, given the forward's logits [1, keep, V]; nothing is read by the host."""
-        known = self._next_logits if feed.keep == len(block) else None
+        known = self._next_logits if feed.keep == block.width else None
         target = judged = torch.cat([part for part in (known, logits) if part is not None], 1)  # [1, K + 1, V]
         self._last_logits = target[:, -1:]
         if self._processed is not None:
@@ -223,7 +226,7 @@ class LocalSession:
         config = self._config
         sampled = config.temperature > 0
         # Without a draft every rule comes down to the verifier's own next token.
-        rule = config.rule if len(block) else "exact" if sampled else "greedy"
+        rule = config.rule if block.width else "exact" if sampled else "greedy"
         if rule in RULES_WITH_DRAFT_LOGITS or (sampled and rule in ("typical", "relaxed")):
             target = filter_logits(target, config)
         if self.judgements is not None:
@@ -240,6 +243,7 @@ class LocalSession:
             block.tokens.to(self._device),
             target,
             draft_logits,
+            draft_lengths=_unread_length(block),
             rule=rule,
             rank=config.rank,
             epsilon=config.epsilon,
@@ -252,11 +256,17 @@ class LocalSession:
             offset=self._verifications - 1,
         )
 
-    def settle(self, block: DraftBlock, verdict: Verdict) -> None:
-        """Take the rejected tokens back, and note what is still to be fed."""
-        self.sequence.rollback(len(block) - verdict.num_accepted)
-        next_token = [verdict.next_token] if verdict.next_token >= 0 else []
-        final = [*block.token_ids[: verdict.num_accepted], *next_token]
+    def settle(self, block: Block, notes: Sequence[float]) -> Verdict:
+        """Take the rejected tokens back, and note what is still to be fed; returns the verdict that `notes` hold."""
+        num_accepted, following = map(int, notes[:2])
+        width = block.width
+        if isinstance(block, UnreadBlock):
+            block.read(notes[2:])
+            if block.ended and num_accepted == len(block):
+                following = -1
+        self.sequence.rollback(width - num_accepted)
+        next_token = [following] if following >= 0 else []
+        final = [*block.token_ids[:num_accepted], *next_token]
         if self._processed is not None:
             self._processed.append(torch.tensor([final], dtype=torch.long, device=self._device))
         if self.judgements is not None:
@@ -265,6 +275,17 @@ class LocalSession:
         self._pending = next_token
         self._next_logits = None if next_token else self._last_logits
         self._last_logits = None
+        return Verdict(num_accepted, following)
+
+
+def _notes(block: Block, accepted: ops.Acceptance) -> Tensor:
+    """What the host has to know of a verification, one copy: the verdict, and the block where nobody has read it."""
+    verdict = torch.cat([accepted.num_accepted, accepted.next_token]).double()  # which holds token ids exactly
+    return torch.cat([verdict, block.record.to(verdict.device)]) if isinstance(block, UnreadBlock) else verdict
+
+
+def _unread_length(block: Block) -> Tensor | None:
+    return block.record[:1].long() if isinstance(block, UnreadBlock) else None
 
 
 def _in_vocabulary(draft_logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor | None]:

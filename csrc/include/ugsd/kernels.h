@@ -7,6 +7,7 @@
 #include "ugsd/lm_head_stats.h"
 #include "ugsd/logprob_rank.h"
 #include "ugsd/move_slots.h"
+#include "ugsd/packed_attention.h"
 #include "ugsd/sample.h"
 #include "ugsd/token_stats.h"
 
@@ -21,12 +22,20 @@ struct Kernels {
   void (*accept_block)(const AcceptBlockArgs&);
   void (*lm_head_stats)(const LmHeadStatsArgs&);
   MoveSlots* move_slots;  // of kv_compact
+  void (*packed_attention)(const PackedAttentionArgs&);
 };
 
 template <class S>
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa,       token_stats<S>,  logprob_rank<S>,  filter_logits<S>,
-          sample<S>, accept_block<S>, lm_head_stats<S>, move_slots<S>};
+  return {isa,
+          token_stats<S>,
+          logprob_rank<S>,
+          filter_logits<S>,
+          sample<S>,
+          accept_block<S>,
+          lm_head_stats<S>,
+          move_slots<S>,
+          packed_attention<S>};
 }
 
 // Names of the instruction sets that this build has and this machine runs, best first; null ends them.

@@ -1,0 +1,102 @@
+"""Forwards behind the audio go to the text decoder alone, where nobody can tell the difference."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.models.tiny import FAMILIES, build
+from ugsd_fast import AudioLM
+from ugsd_fast.models.families import FAMILIES as ALL_FAMILIES
+from ugsd_fast.models.families import family_of
+from ugsd_fast.models.packed import forward_packed
+from ugsd_fast.models.sequence import CachedSequence
+from ugsd_fast.models.text_part import text_part
+
+LoadModel = Callable[..., AudioLM]
+Speech = tuple[np.ndarray, int]
+NOTHING = torch.zeros(1, 0, dtype=torch.long)
+TINY = [name for name in FAMILIES if any(name in family.model_types and family.text_alone for family in ALL_FAMILIES)]
+
+
+def calls_of(module: nn.Module, count: list[int]) -> Any:
+    return module.register_forward_pre_hook(lambda *_: count.append(1))
+
+
+def check_same_logits(model: Any, opened: Callable[[], CachedSequence]) -> None:
+    """The same logits bit by bit, one request and several, with the whole model and with its text part."""
+    logits = []
+    for whole in (True, False):
+        count: list[int] = []
+        hook = model.register_forward_hook(lambda *_, count=count: count.append(1)) if whole else None
+        sequences = [opened() for _ in range(2)]
+        for sequence in sequences:
+            sequence.forward(NOTHING)
+        count.clear()
+        tokens = [torch.tensor([[7, 11, 3]]), torch.tensor([[5]])]
+        logits.append([forward_packed(sequences, tokens, [2, 1]), sequences[0].forward(torch.tensor([[4, 9]]))])
+        assert len(count) == (2 if whole else 0)
+        if hook is not None:
+            hook.remove()
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_text_part_has_the_whole_models_logits(family: str) -> None:
+    tiny = build(family)
+    check_same_logits(
+        tiny.model,
+        lambda: CachedSequence(tiny.model, tiny.inputs(clip=0), family_of(tiny.model.config.model_type)),
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", "qwen2_5_omni", "qwen3_omni"])
+def test_of_checkpoints_too(family: str, audio_lm: LoadModel, speech: Speech) -> None:
+    model = audio_lm(family)
+    inputs = model.prepare(speech)
+    check_same_logits(model.model, lambda: model.open(inputs))
+
+
+def test_every_family_that_says_so_is_tested() -> None:
+    said = {name for family in ALL_FAMILIES if family.text_alone for name in family.model_types}
+    assert said == {
+        *TINY,
+        "qwen2_audio",
+        "qwen2_5_omni",
+        "qwen2_5_omni_thinker",
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_thinker",
+    }
+
+
+@pytest.mark.parametrize("name", ["", "model"])
+def test_who_looks_at_the_modules_around_sees_every_forward(name: str) -> None:
+    model = build("voxtral").model
+    around = model.get_submodule(name)
+    assert text_part(model) is not None
+    for hook in (around.register_forward_hook, around.register_forward_pre_hook):
+        handle = hook(lambda *_: None)
+        assert text_part(model) is None
+        handle.remove()
+    around.forward = around.forward  # as an offloading or a profiling library replaces it
+    assert text_part(model) is None
+    del around.forward
+    assert text_part(model) is not None
+    around.compile()
+    assert text_part(model) is None
+
+
+def test_a_model_that_nobody_uses_is_freed() -> None:
+    model = build("voxtral").model
+    assert text_part(model) is not None
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
