@@ -243,9 +243,13 @@ def test_the_bytes_on_the_socket_are_the_ledgers(uplink: Any, pair: EmbeddedPair
     encoder = pair.verifier.model if uplink != "features" else None
     with recorded(server.port) as (url, up, _), RemoteVerifier(url, uplink=uplink, encoder=encoder) as verifier:
         result = Decoder(pair.draft, verifier, lossless(pair)).generate(clip, prompt=pair.prompt, max_new_tokens=20)
-        time.sleep(0.1)
-    # The connection that asked for the greeting carries nothing.
-    payloads = [p for part in b"".join(up).split(b"GET /v1/session") for p in messages(part)]
+        closed, deadline = protocol.encode(protocol.Close()), time.monotonic() + 5
+        payloads: list[bytes] = []
+        while payloads[-1:] != [closed]:  # the session ends in the background
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            # The connection that asked for the greeting carries nothing.
+            payloads = [p for part in b"".join(up).split(b"GET /v1/session") for p in messages(part)]
     frames = [protocol.decode_client(payload) for payload in payloads]
     sent = sum(map(len, payloads[:-1]))  # without Close
     assert sum(result.ledger.values()) == sent
