@@ -226,6 +226,8 @@ def load(report: Row) -> Iterator[str]:
     memory = last["rss_mib"]
     yield "## One server under load\n"
     yield f"Written by `make bench-load` ({report['date']}); the numbers are in `bench/results/load.json`.\n"
+    if report.get("note"):
+        yield f"{report['note']}\n"
     yield (
         "One `ugsd-fast serve` process (embedded pair's verifier as fast as it is, level `features`, no TLS) and the "
         f"devices' one asyncio loop share {report['machine']['cores']} cores. Devices play recorded captions "
@@ -273,9 +275,9 @@ def load(report: Row) -> Iterator[str]:
         "together they do not do twice as much as one.\n"
     )
     yield (
-        "What the memory grows by is not held by anything. In seven minutes of 64 long sessions what the server has "
-        "allocated stayed at 301 to 327 MiB; free chunks in between grew to some 180 MiB within a minute and no "
-        "further, and `malloc_trim` gave 45 MiB back.\n"
+        "What the memory grows by at first is not held by anything: in three minutes of 64 long sessions, what the "
+        "server had allocated stayed at 301 to 327 MiB, while glibc's free chunks in between grew to 180 MiB within a "
+        "minute and no further; `malloc_trim` gave 45 MiB back.\n"
     )
 
 

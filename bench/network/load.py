@@ -5,7 +5,7 @@ clip once, and what it sent is played again by one asyncio loop, every verdict c
 sends its next frame as soon as it has a verdict. A *short* session is one caption of some nine blocks; a *long* one
 goes back to its beginning several times, as a caption of as many more blocks would have as many verdicts.
 
-``python -m bench.network.load [--quick] [--seconds N] [--json FILE]``
+``python -m bench.network.load [--quick] [--seconds N] [--json FILE] [--note TEXT]``
 """
 
 from __future__ import annotations
@@ -257,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="half a second a stage: whether it runs, not how fast")
     parser.add_argument("--seconds", type=float, default=300.0, metavar="N", help="of the last stage")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    parser.add_argument("--note", default="", help="on how it was run, for the document")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -275,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             memory = {name: value for name, value in rows[-1]["rss_mib"].items() if name != "curve"}
             print(shown, memory, rows[-1]["errors"][:3], flush=True)
     report: Row = {"schema": SCHEMA, "date": now(), "machine": machine(), "quick": options.quick, "stages": rows}
+    report["note"] = options.note
     report["blocks_per_caption"] = statistics.mean(len(script.blocks) for script in scripts)
     report["targets"] = judged(rows)
     for target in report["targets"]:
