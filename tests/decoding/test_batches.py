@@ -146,6 +146,18 @@ class Reading(LocalVerifier):
     reads_blocks = False
 
 
+class ReadingInVain(LocalVerifier):
+    """Has read a block when it fails, and is asked again."""
+
+    calls = 0
+
+    def verify_batch(self, calls: Any) -> Any:
+        self.calls += 1
+        if self.calls % 2 and all(call.block.token_ids for call in calls):
+            return [VerifierUnavailable("scripted")] * len(calls)
+        return super().verify_batch(calls)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -164,17 +176,18 @@ def test_blocks_read_with_their_verdicts_are_those_read_before(
     free = UGSDConfig(always_escalate=True, eos_token_id=NEVER_ENDS, **settings)
     endless = Decoder(draft, LocalVerifier(model), free).generate(clips_of_speech[:4], max_new_tokens=24)
     late = [max(set(result.tokens), key=result.tokens.index) for result in endless]
-    config = replace(free, eos_token_id=late[:3])
+    config = replace(free, eos_token_id=late[:3], on_verifier_failure="wait")
     runs = [
         Decoder(draft, verifier, config).generate(clips_of_speech[:4], max_new_tokens=24)
-        for verifier in (LocalVerifier(model), Reading(model))
+        for verifier in (LocalVerifier(model), Reading(model), ReadingInVain(model))
     ]
     assert len({len(result.tokens) for result in runs[0]}) > 1
     timeless = {"draft_seconds": 0.0, "verify_seconds": 0.0}
-    for one, other in zip(*runs, strict=True):
-        assert one.tokens == other.tokens
-        traces = zip(one.trace.blocks, other.trace.blocks, strict=True)
-        assert all(replace(block, **timeless) == replace(same, **timeless) for block, same in traces)
+    for run in runs[1:]:
+        for one, other in zip(runs[0], run, strict=True):
+            assert one.tokens == other.tokens
+            traces = zip(one.trace.blocks, other.trace.blocks, strict=True)
+            assert all(replace(block, **timeless) == replace(same, **timeless) for block, same in traces)
 
 
 def test_a_verifier_that_fails_some_of_a_batch(audio_lm: LoadModel, clips_of_speech: Clips) -> None:

@@ -82,7 +82,6 @@ class UnreadBlock:
     """
 
     def __init__(self, tokens: Tensor, logits: Tensor | None, record: Tensor, ends: frozenset[int]):
-        self.width = tokens.shape[1]
         self.record = record
         self._whole = tokens, logits
         self._ends = ends
@@ -97,6 +96,11 @@ class UnreadBlock:
     def logits(self) -> Tensor | None:
         """Of the same positions as `tokens`."""
         return self._whole[1] if self._block is None else self._block.logits
+
+    @property
+    def width(self) -> int:
+        """Columns of `tokens`."""
+        return self.tokens.shape[1]
 
     @property
     def ended(self) -> bool:
