@@ -225,8 +225,8 @@ def batch_lines(batch: Row) -> list[str]:
         "",
         "The same requests one after another and in one `generate` call, one thread, prompts prepared, prefill timed; "
         "both emit the same tokens. Decoding shares its forwards; a prompt's audio and text is arithmetic that a batch "
-        "does not make less of on a CPU, and the embedded verifier's first forwards are a third of the time of gated "
-        "requests, 42 of 95 ms of four together (61 ms one by one).",
+        "does not make less of on a CPU, and the embedded verifier's first forwards are a third of the time of a gated "
+        "request, and nearly half of that of four together.",
         "",
         *table(header, lines, 2),
         "",
