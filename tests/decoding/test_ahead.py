@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ugsd_fast import Decoder, UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock, Drafter
+from ugsd_fast.decoding.drafter import DraftBlock, Drafter, draft_ahead, draft_blocks
 from ugsd_fast.demo import EmbeddedPair, clips, load_pair
 from ugsd_fast.errors import ModelError, VerifierUnavailable
 from ugsd_fast.models.sequence import CachedSequence
@@ -113,6 +113,73 @@ def test_sampled_captions_do_not_depend_on_when_verdicts_come(rule: Any, pair: E
         for seconds in (0.0, 0.003, 0.02)
     ]
     assert captions[0] == captions[1] == captions[2]
+
+
+def drafters_of(pair: EmbeddedPair, count: int, **settings: Any) -> list[Drafter]:
+    config = replace(pair.config, ahead=8, **settings)
+    inputs = [pair.draft.prepare(clip.path, pair.prompt) for clip in clips()[:count]]
+    options: dict[str, Any] = {"eos_token_ids": frozenset(), "vocab_size": pair.draft.vocab_size}
+    return [Drafter(pair.draft.open(one), config, device=pair.draft.device, **options) for one in inputs]
+
+
+def test_no_draw_is_used_again_behind_a_rejection(pair: EmbeddedPair) -> None:
+    (drafter,) = drafters_of(pair, 1, rule="block", always_escalate=True, temperature=1.0)
+    used = 0
+    for accepted in (5, 2, 4, 0, 5):
+        block = drafter.draft(5)
+        draft_ahead([drafter])  # whether there was time for it or not
+        used = max(used, drafter.draws)
+        drafter.commit(accepted, (block.token_ids[0] + 1) % drafter.last_token)
+        assert accepted == len(block) or drafter.draws >= used
+
+
+def test_requests_that_share_draws_never_repeat_them(pair: EmbeddedPair) -> None:
+    drafters = drafters_of(pair, 2, rule="exact", always_escalate=True, temperature=1.0)
+    used = 0
+    for accepted in ((5, 1), (3, 5), (0, 0), (5, 5)):
+        assert max(drafter.draws for drafter in drafters) >= used
+        draft_blocks(drafters, [5, 5])
+        used = max(drafter.draws for drafter in drafters)
+        for drafter, count in zip(drafters, accepted, strict=True):
+            drafter.commit(count, 7)
+            assert drafter.draws >= used  # also alone, once the other has ended
+
+
+def test_without_room_nothing_is_drafted_ahead_and_blocks_are_shorter(
+    pair: EmbeddedPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (drafter,) = drafters_of(pair, 1, adaptive="entropy", entropy_threshold=float("inf"), max_block=8)
+
+    def check_room(count: int) -> None:
+        if drafter.sequence.length + count > limit:
+            raise ModelError("full")
+
+    assert len(drafter.draft(6)) == 6
+    limit = drafter.sequence.length + 4
+    monkeypatch.setattr(drafter.sequence, "check_room", check_room)
+    while drafter in drafter.lines(20):
+        draft_ahead([drafter])
+    assert drafter.sequence.length == limit
+    ahead = len(drafter.buffer)
+    drafter.commit(6, -1)
+    assert len(drafter.draft(8)) == ahead
+    drafter.commit(ahead, 7)
+    with pytest.raises(ModelError, match="full"):
+        drafter.draft(8)
+
+
+def test_a_block_that_may_end_early_is_cut_to_what_has_room(pair: EmbeddedPair) -> None:
+    for adaptive, fits in (("entropy", 4), ("fixed", 8)):
+        (drafter,) = drafters_of(pair, 1, adaptive=adaptive, block_size=8, max_block=8)
+        length = drafter.sequence.length
+
+        def check_room(count: int, most: int = length + 3) -> None:
+            if count > most:
+                raise ModelError("full")
+
+        drafter.sequence.check_room = check_room  # type: ignore[method-assign]
+        assert drafter.fitting(8) == fits
+        assert drafter.fitting(3) == 3
 
 
 def test_batches_and_failing_verifiers(pair: EmbeddedPair) -> None:

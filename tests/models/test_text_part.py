@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ugsd_fast import AudioLM
 from ugsd_fast.models.families import FAMILIES as ALL_FAMILIES
 from ugsd_fast.models.families import family_of
 from ugsd_fast.models.packed import forward_packed
-from ugsd_fast.models.sequence import CachedSequence
+from ugsd_fast.models.sequence import CachedSequence, last_logits
 from ugsd_fast.models.text_part import text_part
 
 LoadModel = Callable[..., AudioLM]
@@ -98,5 +99,27 @@ def test_a_model_that_nobody_uses_is_freed() -> None:
     assert text_part(model) is not None
     gone = weakref.ref(model)
     del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_head_that_was_replaced_is_the_one_that_is_called() -> None:
+    model = build("voxtral").model
+    assert text_part(model) is not None
+    head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    model.set_output_embeddings(head)
+    part = text_part(model)
+    assert part is not None
+    assert part.head is head
+
+
+def test_a_forward_that_others_replaced_does_not_keep_its_model() -> None:
+    model = build("voxtral").model
+    whole = model.forward
+    model.forward = functools.update_wrapper(functools.partial(lambda owner, *args, **kwargs: None, model), whole)
+    with last_logits(model, 1) as extra:
+        assert extra == {"logits_to_keep": 1}
+    gone = weakref.ref(model)
+    del model, whole
     gc.collect()
     assert gone() is None

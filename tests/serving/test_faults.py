@@ -204,6 +204,19 @@ def test_a_deadline_that_strikes_as_a_try_fails_still_ends_the_wait(net: Net) ->
                 session.submit([], block([1]), bonus=False).result(timeout=20)
 
 
+def test_a_closed_session_is_not_opened_again_by_what_still_waits(net: Net) -> None:
+    with net.verifier(patience=replace(IMPATIENT, failures=10**6, deadline=30.0)) as verifier:
+        net.up[0] = False
+        session = verifier.open(GREEDY, prompt="p")
+        waiting = session.submit([], block([1]), bonus=False)
+        session.close()
+        with pytest.raises(VerifierUnavailable, match="closed"):
+            waiting.result(timeout=20)
+        net.up[0] = True
+        assert not net.hubs[0].sessions
+        assert session.traffic.ledger == {}
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 5
     while not condition():

@@ -146,7 +146,8 @@ class GrowingLayer(DynamicLayer):
         return self._append(key_states, value_states)
 
     def extend(self, tokens: int) -> tuple[int, int, int, int, int]:
-        """Count `tokens` more, whose keys and values the caller writes at once; only of one row, without a window.
+        """Count `tokens` more, whose keys and values the caller writes at once, into an initialised layer of one row
+        without a window, in inference mode as all forwards here are.
 
         Returns
         -------

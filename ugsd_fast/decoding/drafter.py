@@ -168,8 +168,10 @@ class Drafter:
         self.config = config
         self.eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self.pending = torch.zeros(1, 0, dtype=torch.long, device=device)  # final, but not in the cache yet
-        self.drafted = 0  # length of the block in flight; all but its last token are in the cache
+        self.drafted = 0  # length of the block in flight; all but the last token drafted are in the cache
         self.draws = 0
+        self._rejections = 0
+        self._shared_draws = 0  # below, draws were counted for several requests together
         self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
         self._forks: dict[tuple[int, int], Drafter] = {}  # by tokens that stand from the block's first on, and the next
         self._flying: Block | None = None  # that was looked at for forks
@@ -201,6 +203,8 @@ class Drafter:
         while count < length and not self._ended(self.buffer[count - 1]) and not self._stopped(count):
             if count == len(self.buffer):
                 lines = self.lines(length)
+                if self not in lines:
+                    break  # no room
                 for line, error in zip(lines, draft_ahead(lines), strict=True):
                     if error is not None:
                         self.give_up(line, error)
@@ -220,12 +224,21 @@ class Drafter:
         """Raise `ModelError` unless a block of `length` tokens can be drafted."""
         self.sequence.check_room(self.pending.shape[1] + length - 1)
 
+    def fitting(self, length: int) -> int:
+        """`length`, or fewer where a block may end before and no more have room."""
+        if self.stops is None or attempt(self.check_room, length) is None:
+            return length
+        fewer = range(length - 1, min(self.config.min_block, length) - 1, -1)
+        return next((n for n in fewer if attempt(self.check_room, n) is None), length)
+
     def lines(self, room: int, block: Block | None = None) -> list[Drafter]:
         """Who can draft a token more, up to `room` behind `block` (in flight): this drafter, and its forks.
 
         A fork is made where the drafter is uncertain, for each of its next best tokens: the verifier's correction is
         most likely one of them. It goes on as if that verdict had come, and has forks in its turn.
         """
+        if room <= 0:
+            return []
         tree = self._tree()
         # What cannot share a forward with others would take longer with them.
         if self.config.branches > 1 and self.processed is None and self.sequence.pack_key(self.pending) is not None:
@@ -234,7 +247,15 @@ class Drafter:
                 doubts = line._doubts(block if line is self else None)
                 tree += [line._fork(position, token) for position, token in islice(doubts, room_for_forks)]
         furthest = self._final + (len(block) if block is not None else 0) + room
-        return [line for line in tree if line._reach < furthest and line._goes_on(block if line is self else None)]
+        able = []
+        for line in tree:
+            if line._reach < furthest and line._goes_on(block if line is self else None):
+                full = attempt(line.check_room, 1)
+                if full is None:
+                    able.append(line)
+                elif line is not self:
+                    self.give_up(line, full)
+        return able
 
     @property
     def ahead(self) -> int:
@@ -273,6 +294,7 @@ class Drafter:
             return
         stand = num_accepted + (next_token >= 0)
         self._final += stand
+        self._rejections += num_accepted < self.drafted
         if self.buffer and self._foreseen(num_accepted, next_token):
             self._forks = {(at - stand, token): fork for (at, token), fork in forks.items() if at >= stand}
             self._drop(stand - self.drafted)
@@ -282,8 +304,10 @@ class Drafter:
         self._drop(len(self.buffer))
         self._settle(num_accepted, next_token)
         self.drafted = 0
-        if self.config.ahead:  # the draws of a position do not depend on when verdicts came
-            self.draws = self._final
+        if self.config.ahead:
+            # The draws of a position do not depend on when verdicts came. Behind a rejection they are new ones: how
+            # much of a block was accepted may have hung on those that are thrown away.
+            self.draws = max((self._rejections << 32) + self._final, self._shared_draws)
 
     def _fork(self, position: int, token: int) -> Drafter:
         """One that goes on as if `position` tokens of the block in flight, or behind it, stood and `token` followed."""
@@ -380,8 +404,8 @@ def draft_blocks(drafters: Sequence[Drafter], lengths: Sequence[int]) -> list[Dr
 
 @torch.inference_mode()
 def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -> list[Any]:
-    least = [one.config.min_block if one.stops else length for one, length in zip(drafters, lengths, strict=True)]
-    roomy = [attempt(one.check_room, min(pair)) for one, *pair in zip(drafters, lengths, least, strict=True)]
+    lengths = [one.fitting(length) for one, length in zip(drafters, lengths, strict=True)]
+    roomy = [attempt(one.check_room, length) for one, length in zip(drafters, lengths, strict=True)]
     if any(roomy):
         able = [row for row, error in enumerate(roomy) if error is None]
         rest = [drafters[row] for row in able], [lengths[row] for row in able]
@@ -390,7 +414,6 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
     config, device = drafters[0].config, drafters[0].pending.device
     watched = any(drafter.stops for drafter in drafters)
     rows, width = len(drafters), max(lengths)
-    lengths = list(lengths)
     offset = max(drafter.draws for drafter in drafters)  # rows of one draw differ, so must the draws of one row
     tokens: list[Tensor] = []
     entropies: list[Tensor] = []
@@ -439,6 +462,8 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
     for drafter, length in zip(drafters, lengths, strict=True):
         drafter.drafted = length
         drafter.draws = offset + len(tokens)
+        if rows > 1:
+            drafter._shared_draws = drafter.draws
     drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)  # [rows, K]
     ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
     records: Any = gate(drafted, entropy, config, drafters[0].eos, ends)

@@ -32,6 +32,17 @@ def verify_ahead(
     futures: list[Future[Verdict]] = [
         session.submit(committed, block, bonus=bonus) for session, committed, block, bonus in calls
     ]
+    try:
+        return _wait_drafting(calls, drafters, rooms, futures)
+    except BaseException:
+        for future in futures:
+            future.cancel()  # nobody will hear of it
+        raise
+
+
+def _wait_drafting(
+    calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int], futures: Sequence[Future[Verdict]]
+) -> list[Verdict | Exception]:
     failed: dict[int, Exception] = {}
     while waiting := [index for index, future in enumerate(futures) if index not in failed and not future.done()]:
         able = [(index, line) for index in waiting for line in drafters[index].lines(rooms[index], calls[index].block)]
@@ -40,6 +51,7 @@ def verify_ahead(
                 given_up = None if error is None else attempt(drafters[index].give_up, line, error)
                 if given_up is not None:
                     failed[index] = given_up
+                    futures[index].cancel()
         else:
             wait([futures[index] for index in waiting])
     return [failed[index] if index in failed else attempt(future.result) for index, future in enumerate(futures)]

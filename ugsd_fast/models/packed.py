@@ -196,7 +196,7 @@ class PackedCache(Cache):
             requests = list(chain.from_iterable(extended))
             extension.append_slots(key_states, value_states, requests)
             keys, values = (Ragged(_Views(layers, name), self._counts, None) for name in ("keys", "values"))
-            keys.mask_of, keys.requests = mask_of, requests
+            keys.mask_of, keys.requests, values.requests = mask_of, requests, requests
             return keys, values
         parts = key_states.split(self._counts, 2), value_states.split(self._counts, 2)
         held = [cache.update(key, value, layer_idx) for cache, key, value in zip(self._caches, *parts, strict=True)]
@@ -319,7 +319,7 @@ def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attent
     if not isinstance(key, Ragged):
         return inner(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
-    if key.requests is not None and query.stride(3) == 1 and _is_plain(kwargs):
+    if key.requests is not None and value.requests is not None and query.stride(3) == 1 and _is_plain(kwargs):
         out = query.new_empty(1, query.shape[2], query.shape[1], value.parts[0].shape[3])
         scale = kwargs.get("scaling") or query.shape[3] ** -0.5
         heads = key.parts[0].shape[1]

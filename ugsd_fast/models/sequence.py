@@ -215,6 +215,12 @@ class CachedSequence:
         return positions.expand(ids.shape[0], -1)
 
 
+def _function(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What is behind decorators, a bound method and what others put in its place: it does not hold the model."""
+    forward = inspect.unwrap(forward)
+    return getattr(forward, "__func__", forward)
+
+
 @lru_cache(maxsize=64)
 def _keeps_logits(forward: Callable[..., Any]) -> bool:
     """Whether a forward has ``logits_to_keep``; reading a signature takes as long as a small matrix product."""
@@ -230,7 +236,7 @@ def last_logits(model: Any, keep: int | Tensor | None) -> Iterator[dict[str, int
     """
     if keep is None or (isinstance(keep, int) and not keep):
         yield {}
-    elif _keeps_logits(getattr(model.forward, "__func__", model.forward)):
+    elif _keeps_logits(_function(model.forward)):
         yield {"logits_to_keep": keep}
     else:
         thread = threading.get_ident()

@@ -45,7 +45,7 @@ def text_part(model: Any) -> TextPart | None:
     offloading, a profiler), a compiled call.
     """
     part = _parts.get(model)
-    if part is None:
+    if part is None or part.head is not model.get_output_embeddings() or part.decoder is not model.get_decoder():
         part = _parts[model] = _find(model)
     return None if any(map(_watched, (model, *part.around))) else part
 

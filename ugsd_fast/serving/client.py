@@ -213,6 +213,7 @@ class ClientSession:
         self._early: asyncio.Task[Link] | None = None
         self._begun: asyncio.Task[None] | None = None
         self._untouched = True  # nothing was asked for yet
+        self._closed = False
         self._id: bytes | None = None
         self._seq = self._abandoned = self._base = 0
         self._known: list[int] = []  # of the caption, as of the last verdict
@@ -251,6 +252,7 @@ class ClientSession:
 
     async def close(self) -> None:
         """End the session."""
+        self._closed = True
         self._untouched = False
         if self._link is not None:
             with suppress(LinkLost):
@@ -351,6 +353,8 @@ class ClientSession:
         tries = 0
         while True:
             wait = 0.0
+            if self._closed:
+                raise VerifierUnavailable(f"verifier {self._endpoint.url}: the session is closed")
             try:
                 begun, self._begun = self._begun, None
                 if begun is not None:

@@ -308,7 +308,6 @@ class BatchJudge:
             session = cast(ServedSession, state)
             try:
                 block = session.start(call)
-                session.sequence.check_room(len(call.final) + len(call.draft))
             except (UGSDError, ValueError, IndexError) as error:
                 outcomes[index] = Refusal("refused", str(error))
                 continue

@@ -77,6 +77,8 @@ class Verifier(Protocol):
     """A model that judges drafts: in this process (`LocalVerifier`) or behind a network (`RemoteVerifier`).
 
     One that can judge blocks of several sessions at once has a ``verify_batch``, too: see `LocalVerifier.verify_batch`.
+    One whose ``reads_blocks`` is true is given each `UnreadBlock` as it is under ``always_escalate``, and reads it with
+    its verdict; others are given blocks that were read.
     """
 
     @property

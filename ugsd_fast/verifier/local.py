@@ -243,7 +243,7 @@ class LocalSession:
             block.tokens.to(self._device),
             target,
             draft_logits,
-            draft_lengths=_unread_length(block),
+            draft_lengths=_unread_length(block, self._device),
             rule=rule,
             rank=config.rank,
             epsilon=config.epsilon,
@@ -284,8 +284,8 @@ def _notes(block: Block, accepted: ops.Acceptance) -> Tensor:
     return torch.cat([verdict, block.record.to(verdict.device)]) if isinstance(block, UnreadBlock) else verdict
 
 
-def _unread_length(block: Block) -> Tensor | None:
-    return block.record[:1].long() if isinstance(block, UnreadBlock) else None
+def _unread_length(block: Block, device: torch.device) -> Tensor | None:
+    return block.record[:1].to(device).long() if isinstance(block, UnreadBlock) else None
 
 
 def _in_vocabulary(draft_logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor | None]:
