@@ -22,11 +22,15 @@ class TextPart(NamedTuple):
         Hidden states of token ids, and logits of these.
     around : tuple of nn.Module
         The modules that a forward of the whole model passes on its way to the decoder, but for the model itself.
+    decoder_path, head_path : tuple of str
+        Their names, a module at a time.
     """
 
     decoder: nn.Module
     head: nn.Module
     around: tuple[nn.Module, ...]
+    decoder_path: tuple[str, ...]
+    head_path: tuple[str, ...]
 
     def __call__(self, arguments: Mapping[str, Any], cache: Any, kept: Tensor | None = None) -> Tensor:
         """Logits [B, q, V] of a forward, or of its positions `kept`."""
@@ -45,17 +49,24 @@ def text_part(model: Any) -> TextPart | None:
     offloading, a profiler), a compiled call.
     """
     part = _parts.get(model)
-    if part is None or part.head is not model.get_output_embeddings() or part.decoder is not model.get_decoder():
+    if part is None or _at(model, part.head_path) is not part.head or _at(model, part.decoder_path) is not part.decoder:
         part = _parts[model] = _find(model)
     return None if any(map(_watched, (model, *part.around))) else part
 
 
 def _find(model: Any) -> TextPart:
-    decoder = model.get_decoder()
-    name = next(name for name, module in model.named_modules() if module is decoder)
-    steps = name.split(".")
-    around = tuple(model.get_submodule(".".join(steps[:depth])) for depth in range(1, len(steps)))
-    return TextPart(decoder, model.get_output_embeddings(), around)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    names = {module: tuple(name.split(".")) for name, module in model.named_modules()}
+    path = names[decoder]
+    around = tuple(_at(model, path[:depth]) for depth in range(1, len(path)))
+    return TextPart(decoder, head, around, path, names[head])
+
+
+def _at(module: Any, path: tuple[str, ...]) -> Any:
+    """The module of that name, None where there is none; `get_decoder` and its like take ten times as long."""
+    for name in path:
+        module = module and module._modules.get(name)
+    return module
 
 
 def _watched(module: nn.Module) -> bool:
