@@ -225,8 +225,7 @@ def batch_lines(batch: Row) -> list[str]:
         "",
         "The same requests one after another and in one `generate` call, one thread, prompts prepared, prefill timed; "
         "both emit the same tokens. Decoding shares its forwards; a prompt's audio and text is arithmetic that a batch "
-        "does not make less of on a CPU, and the embedded verifier's first forwards are a third of the time of a gated "
-        "request, and nearly half of that of four together.",
+        "does not make less of on a CPU, and a gated request has few other forwards of the verifier's to share.",
         "",
         *table(header, lines, 2),
         "",
