@@ -31,7 +31,7 @@ class HostReads(TorchDispatchMode):
 
 def _looks_for_indices(name: str, args: Any) -> bool:
     """Whether a mask is made to indices first; where one value is put at all of them, it is not."""
-    if not name.startswith(("index", "_index")) or (len(args) > 2 and getattr(args[2], "numel", int)() == 1):
+    if not name.startswith(("index", "_index")) or ("put" in name and args[2].numel() == 1):
         return False
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices)

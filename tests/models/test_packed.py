@@ -143,6 +143,17 @@ def test_padded_audio_of_an_encoder_decoder_shares_forwards(attention: str) -> N
     assert len(set(positions)) > 3
 
 
+def test_whispers_encoder_hears_padding_too() -> None:
+    """Its mask is for training: what transformers makes of a clip with one is what it makes of it without."""
+    tiny = build("whisper")
+    masks = [(torch.arange(48)[None] < 48 - 10 * row).long() for row in range(3)]
+    audio_lm = AudioLM(tiny.model)
+    check_equal(tiny.model, lambda row: audio_lm.open({**tiny.inputs(row), "attention_mask": masks[row]}))
+    tokens = torch.tensor([[7, 11]])
+    bare, masked = (audio_lm.open({**tiny.inputs(), **more}) for more in ({}, {"attention_mask": masks[2]}))
+    assert torch.equal(masked.forward(tokens), bare.forward(tokens))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("clips", [(0, 1, 3), (2, 2)], ids=["masks of their own", "one mask"])
 def test_a_batch_of_padded_clips_in_one_sequence(attention: str, clips: tuple[int, ...]) -> None:

@@ -42,7 +42,7 @@ class EncoderDecoderSequence(CachedSequence):
         self._prompt = dict(inputs)  # of the encoder
         self._start = decoder_prompt(model, self._prompt)
         self._prompt.pop("decoder_input_ids", None)
-        self._heard = None
+        self._heard: Any = None
         if heard is not None:
             self._prompt.clear()
             self._heard = unmasked(model, heard)
