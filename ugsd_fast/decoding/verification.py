@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from ugsd_fast.decoding.drafter import Block, Drafter, draft_ahead
 from ugsd_fast.errors import attempt
 
 if TYPE_CHECKING:
+    from ugsd_fast.decoding.drafter import DraftBlock, UnreadBlock
     from ugsd_fast.verifier.base import Verdict
+    from ugsd_fast.verifier.local import PendingVerdict
 
 
 class VerifyCall(NamedTuple):
@@ -65,3 +70,22 @@ def verify_calls(verifier: Any, calls: Sequence[VerifyCall]) -> list[Verdict | E
     if len(calls) > 1 and hasattr(verifier, "verify_batch"):
         return verifier.verify_batch(calls)
     return [attempt(session.verify, committed, block, bonus=bonus) for session, committed, block, bonus in calls]
+
+
+def read_together(
+    pending: Sequence[PendingVerdict | Exception], blocks: Sequence[UnreadBlock | Exception]
+) -> tuple[list[Verdict | Exception], list[DraftBlock | Exception]]:
+    """Verdicts and blocks that only the device knows so far, in one copy to the host; errors stay where they are."""
+    notes = [None if isinstance(one, Exception) else one.notes for one in pending]
+    records = [None if isinstance(block, Exception) else block.record for block in blocks]
+    known = [tensor for tensor in (*notes, *records) if tensor is not None]
+    host = torch.cat([tensor.to(known[0].device) for tensor in known]).tolist() if known else []
+    ends = accumulate((0 if tensor is None else len(tensor) for tensor in (*notes, *records)), initial=0)
+    parts = [host[start:end] for start, end in pairwise(ends)]
+    return (
+        [one if isinstance(one, Exception) else attempt(one.read, part) for one, part in zip(pending, parts)],
+        [
+            block if isinstance(block, Exception) else attempt(block.read, part)
+            for block, part in zip(blocks, parts[len(pending) :], strict=True)
+        ],
+    )
