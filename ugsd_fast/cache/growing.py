@@ -504,8 +504,8 @@ class GrowingCache(DynamicCache):
     def rollback_unread(self, rejected: Tensor) -> OpenEnd:
         """Forget the newest tokens, of which only the device knows how many; nothing is read or moved.
 
-        Until `close` tells the number, `get_seq_length` is an upper bound. Forwards begin with `OpenEnd.begin`, end with
-        a new `OpenEnd.length`, and mask the slots behind each query.
+        Until `close` tells the number, `get_seq_length` is an upper bound. Forwards begin with `OpenEnd.begin`, end
+        with a new `OpenEnd.length`, and mask the slots behind each query.
 
         Parameters
         ----------

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -124,6 +124,26 @@ class UnreadBlock:
 
 Block = DraftBlock | UnreadBlock
 
+
+@dataclass(slots=True)
+class UnreadVerdict:
+    """How a drafter went on behind a verdict that the host has not read yet.
+
+    Attributes
+    ----------
+    base : int
+        Tokens that were cached before the block that was judged.
+    drafted : int
+        Tokens of that block.
+    new : LongTensor[1] or None
+        How many of the two tokens that the next forward is given stand, 1 or 2; None once it was given them.
+    """
+
+    base: int
+    drafted: int
+    new: Tensor | None
+
+
 # What a verifier that decodes alone is given to judge.
 EMPTY_BLOCK = DraftBlock(torch.zeros(1, 0, dtype=torch.long), None, (), (), 0.0, True)
 
@@ -179,6 +199,7 @@ class Drafter:
         self.ends = eos_token_ids
         self._final = 0
         self.processed = processed
+        self._unread: UnreadVerdict | None = None
         self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
         self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
@@ -259,8 +280,8 @@ class Drafter:
 
     @property
     def ahead(self) -> int:
-        """Tokens drafted ahead."""
-        return sum(len(line.buffer) for line in self._tree())
+        """Tokens drafted ahead of the last verdict."""
+        return self.drafted if self._unread else sum(len(line.buffer) for line in self._tree())
 
     def give_up(self, line: Drafter, error: Exception) -> None:
         """Drop a fork that cannot go on; raise the error of this drafter itself."""
@@ -285,6 +306,9 @@ class Drafter:
 
         What was drafted ahead stays if that is what it was drafted for, and is taken back otherwise.
         """
+        if self._unread is not None:
+            self._catch_up(self._unread, num_accepted, next_token)
+            return
         forks, self._forks = self._forks, {}
         self._flying = None
         fork = forks.get((num_accepted, next_token))
@@ -308,6 +332,38 @@ class Drafter:
             # The draws of a position do not depend on when verdicts came. Behind a rejection they are new ones: how
             # much of a block was accepted may have hung on those that are thrown away.
             self.draws = max((self._rejections << 32) + self._final, self._shared_draws)
+
+    def can_commit_unread(self, length: int) -> bool:
+        """Whether a block of `length` tokens can be drafted behind the last one before its verdict is known."""
+        if not isinstance(self.sequence, CachedSequence) or not self.sequence.can_be_open or self.processed is not None:
+            return False
+        return attempt(self.sequence.check_room, length + 1) is None
+
+    @torch.inference_mode()
+    def commit_unread(self, accepted: ops.Acceptance) -> None:
+        """Go on behind a verdict (of a batch of one) that nobody has read; `commit` follows when it is known.
+
+        The next forward is given two tokens: the last drafted one and its successor where the block stands whole, or
+        else the correction and one that is forgotten again.
+        """
+        cached = self.drafted - 1
+        num_accepted, following = accepted.num_accepted.to(self._device), accepted.next_token.to(self._device)
+        self._unread = UnreadVerdict(
+            base=self.sequence.length - cached,
+            drafted=self.drafted,
+            new=1 + ((num_accepted > cached) & (following >= 0)),
+        )
+        self.sequence.rollback_unread((cached - num_accepted).clamp(min=0))
+        following = following.clamp(0, self.last_token)
+        first = torch.where(num_accepted > cached, self.pending[0], following)
+        self.pending = torch.stack([first, following], 1)
+
+    def _catch_up(self, unread: UnreadVerdict, num_accepted: int, next_token: int) -> None:
+        """Learn how many tokens are in the cache, all but the last of the next block among them."""
+        cached = unread.drafted - 1
+        new = 1 + (num_accepted > cached and next_token >= 0)
+        self.sequence.close(unread.base + min(num_accepted, cached) + new + self.drafted - 1)
+        self._unread = None
 
     def _fork(self, position: int, token: int) -> Drafter:
         """One that goes on as if `position` tokens of the block in flight, or behind it, stood and `token` followed."""
@@ -426,7 +482,7 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
         if tokens:
             _foretell(drafters, tokens, entropies)
         at = drafters if len(active) == rows else [drafters[row] for row in active]
-        z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
+        z = _forward(at)
         if at[0].processed is not None:
             rows_of_z = zip(at, z.split(1), strict=True)
             z = torch.cat([one.processed.scores(own) for one, own in rows_of_z if one.processed is not None])
@@ -485,6 +541,24 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
         )
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
+
+
+def _forward(drafters: Sequence[Drafter]) -> Tensor:
+    """Append what is pending of each request; the logits [rows, V] behind it."""
+    keep = [1 if one._unread is None or one._unread.new is None else 2 for one in drafters]
+    z = forward_packed([one.sequence for one in drafters], [one.pending for one in drafters], keep)
+    if max(keep) == 1:
+        return z
+    rows = []
+    for one, first in zip(drafters, accumulate(keep, initial=0), strict=False):
+        unread = one._unread
+        if unread is None or unread.new is None:
+            rows.append(torch.full((1,), first, device=z.device))
+        else:
+            rows.append(unread.new + (first - 1))
+            one.sequence.rollback_unread(2 - unread.new)
+            unread.new = None
+    return z.index_select(0, torch.cat(rows))
 
 
 def _foretell(drafters: Sequence[Drafter], tokens: list[Tensor], entropies: list[Tensor]) -> None:

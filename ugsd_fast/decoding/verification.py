@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ugsd_fast.decoding.drafter import Block, Drafter, draft_ahead
+from ugsd_fast.decoding.drafter import Block, DraftBlock, Drafter, UnreadBlock, draft_ahead
 from ugsd_fast.errors import attempt
 
 if TYPE_CHECKING:
-    from ugsd_fast.decoding.drafter import DraftBlock, UnreadBlock
+    from ugsd_fast import ops
     from ugsd_fast.verifier.base import Verdict
-    from ugsd_fast.verifier.local import PendingVerdict
 
 
 class VerifyCall(NamedTuple):
@@ -25,6 +26,36 @@ class VerifyCall(NamedTuple):
     committed: Sequence[int]
     block: Block
     bonus: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PendingVerdict:
+    """A verdict that only the device knows so far.
+
+    Attributes
+    ----------
+    session : LocalSession
+        Which can do nothing else before it is read.
+    block : DraftBlock or UnreadBlock
+        What is judged.
+    accepted : Acceptance
+        Of a batch of one.
+    """
+
+    session: Any
+    block: Block
+    accepted: ops.Acceptance
+
+    @property
+    def notes(self) -> Tensor:
+        """What the host has to know, float64: the verdict, and the block where nobody has read it."""
+        verdict = torch.cat([self.accepted.num_accepted, self.accepted.next_token]).double()  # exact for token ids
+        block = self.block
+        return torch.cat([verdict, block.record.to(verdict.device)]) if isinstance(block, UnreadBlock) else verdict
+
+    def read(self, notes: Sequence[float] | None = None) -> Verdict:
+        """The verdict, given its notes on the host, or with a copy of its own."""
+        return self.session.settle(self.block, self.notes.tolist() if notes is None else notes)
 
 
 def verify_ahead(

@@ -15,7 +15,7 @@ from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, Block, UnreadBlock, filter_logits
 from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.decoding.trace import Traffic
-from ugsd_fast.decoding.verification import VerifyCall, read_together
+from ugsd_fast.decoding.verification import PendingVerdict, VerifyCall, read_together
 from ugsd_fast.errors import attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.packed import forward_packed
@@ -128,32 +128,6 @@ class Feed(NamedTuple):
 
     tokens: Tensor
     keep: int
-
-
-@dataclass(frozen=True, slots=True)
-class PendingVerdict:
-    """A verdict that only the device knows so far.
-
-    Attributes
-    ----------
-    accepted : Acceptance
-        Of a batch of one.
-    """
-
-    session: LocalSession
-    block: Block
-    accepted: ops.Acceptance
-
-    @property
-    def notes(self) -> Tensor:
-        """What the host has to know, float64: the verdict, and the block where nobody has read it."""
-        verdict = torch.cat([self.accepted.num_accepted, self.accepted.next_token]).double()  # exact for token ids
-        block = self.block
-        return torch.cat([verdict, block.record.to(verdict.device)]) if isinstance(block, UnreadBlock) else verdict
-
-    def read(self, notes: Sequence[float] | None = None) -> Verdict:
-        """The verdict, given its notes on the host, or with a copy of its own."""
-        return self.session.settle(self.block, self.notes.tolist() if notes is None else notes)
 
 
 @dataclass(slots=True)

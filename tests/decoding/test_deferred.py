@@ -1,0 +1,87 @@
+"""Verdicts that are read with the next block: what comes out is what would have come out, with fewer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.decoding.test_batches import HostReads, clips_of_speech
+from tests.decoding.test_decoder import NEVER_ENDS
+from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
+
+__all__ = ["clips_of_speech"]
+
+LoadModel = Callable[..., AudioLM]
+Clips = list[tuple[np.ndarray, int]]
+TIMELESS: dict[str, Any] = {"draft_seconds": 0.0, "verify_seconds": 0.0}
+
+
+@pytest.mark.parametrize("room", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "rank", "rank": 3},
+        {"rule": "rank", "rank": 3, "bonus": True, "block_size": 1},
+        {"rule": "greedy", "block_size": 3},
+        {"rule": "typical", "temperature": 0.8, "seed": 3, "bonus": True},
+        {"rule": "block", "temperature": 0.9, "top_k": 20},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_the_same_captions_as_read_at_once(
+    settings: dict[str, Any], room: int, audio_lm: LoadModel, clips_of_speech: Clips
+) -> None:
+    draft, model = audio_lm("qwen2_5_omni", noise=0.05), audio_lm("qwen2_5_omni")
+    free = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS, **settings)
+    clips = clips_of_speech[:room]
+    before = Decoder(draft, LocalVerifier(model), free).generate(clips, max_new_tokens=40)
+    doubts = sorted(block.uncertainty for result in before for block in result.trace.blocks)
+    some = sum(doubts[len(doubts) // 2 :][:2]) / 2  # between two, or rounding would decide
+    late = [max(set(result.tokens), key=result.tokens.index) for result in before]
+    for threshold in (0.0, some):
+        for ends in (NEVER_ENDS, late):
+            config = replace(free, entropy_threshold=threshold, eos_token_id=ends)
+            runs = [
+                Decoder(draft, LocalVerifier(model), replace(config, defer_verdicts=defers)).generate(
+                    clips, max_new_tokens=40
+                )
+                for defers in (False, True)
+            ]
+            assert sum(block.escalated for result in runs[0] for block in result.trace.blocks) > 2
+            for one, other in zip(*runs, strict=True):
+                assert one.tokens == other.tokens
+                for block, same in zip(one.trace.blocks, other.trace.blocks, strict=True):
+                    np.testing.assert_allclose(block.entropy, same.entropy, rtol=0, atol=1e-4)
+                    timeless = [
+                        replace(record, entropy=(), uncertainty=0.0, wasted=0, **TIMELESS) for record in (block, same)
+                    ]
+                    assert timeless[0] == timeless[1]
+                assert one.metrics.verifier_forwards == other.metrics.verifier_forwards
+                assert other.metrics.drafter_forwards == one.metrics.drafter_forwards + other.trace.blocks[-1].wasted
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_host_read_a_block(rows: int, audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+    """But for the last blocks, whose verdicts decide whether another follows; prompts are checked on the host, too."""
+    draft, verifier = audio_lm("qwen2_audio", noise=0.05), audio_lm("qwen2_audio")
+    counts = {}
+    for defers in (False, True):
+        config = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS, defer_verdicts=defers)
+        for tokens in (30, 60):
+            with HostReads() as reads:
+                results = Decoder(draft, LocalVerifier(verifier), config).generate(
+                    clips_of_speech[:rows], max_new_tokens=tokens
+                )
+            assert all(block.escalated for result in results for block in result.trace.blocks)
+            counts[defers, tokens] = reads.count, max(len(result.trace.blocks) for result in results)
+    more = {
+        defers: tuple(after - before for after, before in zip(counts[defers, 60], counts[defers, 30], strict=True))
+        for defers in (False, True)
+    }
+    assert more[True][1] > 4
+    assert more[False][0] == 2 * more[False][1]
+    assert more[True][0] == more[True][1]
