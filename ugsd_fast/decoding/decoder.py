@@ -297,9 +297,10 @@ class Decoder:
         outcomes = [
             attempt(request.settle_pending, verdict) for request, verdict in zip(waiting, verdicts, strict=True)
         ]
+        failed = [None if new is old else new for new, old in zip(blocks, drafts, strict=True)]  # not named before
+        name_rows([request.given for request in rows], failed)
         yield from self._settled(requests, list(zip(waiting, outcomes, strict=True)))
-        going = [(request, block) for request, block in zip(rows, blocks, strict=True) if request in requests]
-        return self._named([request for request, _ in going], [block for _, block in going])
+        return [block for request, block in zip(rows, blocks, strict=True) if request in requests]
 
     def _draft(self, requests: Sequence[Request]) -> Sequence[Block | Exception]:
         """A block of every request, or the error that ends it; those of ordinary drafters step together."""
@@ -308,18 +309,16 @@ class Decoder:
         drafters: list[Any] = [request.drafter for request in requests]
         lengths = [request.next_length() for request in requests]
         blocks: Sequence[Block | Exception] | Exception
-        pending = any(request.pending for request in requests)
+        unread = any(request.pending for request in requests)
+        unread |= self.config.always_escalate and getattr(self.verifier, "reads_blocks", False)
         if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
-            unread = self.config.always_escalate and getattr(self.verifier, "reads_blocks", False)
-            blocks = attempt(draft_unread if unread or pending else draft_blocks, drafters, lengths)
+            blocks = attempt(draft_unread if unread else draft_blocks, drafters, lengths)
         elif self._translation is not None:
             blocks = attempt(draft_translated, drafters, lengths)
         else:
-            blocks = [attempt(drafter.draft, length) for drafter, length in zip(drafters, lengths, strict=True)]
+            drafts = [one.draft_unread if unread and isinstance(one, DraftGraph) else one.draft for one in drafters]
+            blocks = [attempt(draft, length) for draft, length in zip(drafts, lengths, strict=True)]
         blocks = [blocks] * len(requests) if isinstance(blocks, Exception) else blocks
-        return blocks if pending else self._named(requests, blocks)
-
-    def _named(self, requests: Sequence[Request], blocks: Sequence[Block | Exception]) -> Sequence[Block | Exception]:
         name_rows([request.given for request in requests], blocks)
         return blocks
 

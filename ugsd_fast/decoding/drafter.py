@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,23 +125,56 @@ class UnreadBlock:
 Block = DraftBlock | UnreadBlock
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class UnreadVerdict:
-    """How a drafter went on behind a verdict that the host has not read yet.
+    """A block whose verdict the host has not read yet.
 
     Attributes
     ----------
     base : int
-        Tokens that were cached before the block that was judged.
+        Tokens that were in the drafter's cache before it.
     drafted : int
-        Tokens of that block.
-    new : LongTensor[1] or None
-        How many of the two tokens that the next forward is given stand, 1 or 2; None once it was given them.
+        Its tokens; all but the last came into the cache while it was drafted.
     """
 
     base: int
     drafted: int
-    new: Tensor | None
+
+    def cached(self, num_accepted: int, next_token: int) -> int:
+        """Tokens in the cache once the next forward has been given what follows it, by the verdict."""
+        at_once = self.drafted - 1
+        return self.base + min(num_accepted, at_once) + 1 + (num_accepted > at_once and next_token >= 0)
+
+
+class Behind(NamedTuple):
+    """What a drafter has to do to go on behind a verdict that only the device knows.
+
+    Attributes
+    ----------
+    rejected : LongTensor[1]
+        Cached tokens to forget.
+    fed : LongTensor[1, 2]
+        For the next forward: the last draft token and its successor where the block stands whole and has one, or else
+        the one token that follows and any other, which is to be forgotten.
+    new : LongTensor[1]
+        How many of these stand.
+    """
+
+    rejected: Tensor
+    fed: Tensor
+    new: Tensor
+
+
+def behind_unread(accepted: ops.Acceptance, last: Tensor, drafted: int, last_token: int) -> Behind:
+    """How to go on behind the verdict (of a batch of one) on `drafted` tokens, the newest of which, [1], is `last`."""
+    num_accepted, following = accepted.num_accepted.to(last.device), accepted.next_token.to(last.device)
+    whole = num_accepted == drafted
+    fed = following.clamp(0, last_token)
+    return Behind(
+        rejected=(drafted - 1 - num_accepted).clamp(min=0),
+        fed=torch.stack([torch.where(whole, last, fed), fed], 1),
+        new=1 + (whole & (following >= 0)),
+    )
 
 
 # What a verifier that decodes alone is given to judge.
@@ -200,10 +233,16 @@ class Drafter:
         self._final = 0
         self.processed = processed
         self._unread: UnreadVerdict | None = None
+        self._new: Tensor | None = None  # [1]: how many of two pending tokens stand, where only the device knows it
         self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
         self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
         self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where it drafts."""
+        return self._device
 
     @property
     def forwards(self) -> int:
@@ -307,7 +346,8 @@ class Drafter:
         What was drafted ahead stays if that is what it was drafted for, and is taken back otherwise.
         """
         if self._unread is not None:
-            self._catch_up(self._unread, num_accepted, next_token)
+            self.sequence.close(self._unread.cached(num_accepted, next_token) + self.drafted - 1)
+            self._unread = None
             return
         forks, self._forks = self._forks, {}
         self._flying = None
@@ -341,29 +381,11 @@ class Drafter:
 
     @torch.inference_mode()
     def commit_unread(self, accepted: ops.Acceptance) -> None:
-        """Go on behind a verdict (of a batch of one) that nobody has read; `commit` follows when it is known.
-
-        The next forward is given two tokens: the last drafted one and its successor where the block stands whole, or
-        else the correction and one that is forgotten again.
-        """
-        cached = self.drafted - 1
-        num_accepted, following = accepted.num_accepted.to(self._device), accepted.next_token.to(self._device)
-        self._unread = UnreadVerdict(
-            base=self.sequence.length - cached,
-            drafted=self.drafted,
-            new=1 + ((num_accepted > cached) & (following >= 0)),
-        )
-        self.sequence.rollback_unread((cached - num_accepted).clamp(min=0))
-        following = following.clamp(0, self.last_token)
-        first = torch.where(num_accepted > cached, self.pending[0], following)
-        self.pending = torch.stack([first, following], 1)
-
-    def _catch_up(self, unread: UnreadVerdict, num_accepted: int, next_token: int) -> None:
-        """Learn how many tokens are in the cache, all but the last of the next block among them."""
-        cached = unread.drafted - 1
-        new = 1 + (num_accepted > cached and next_token >= 0)
-        self.sequence.close(unread.base + min(num_accepted, cached) + new + self.drafted - 1)
-        self._unread = None
+        """Go on behind a verdict that nobody has read; `commit` follows when it is known, behind the next block."""
+        behind = behind_unread(accepted, self.pending[0], self.drafted, self.last_token)
+        self._unread = UnreadVerdict(self.sequence.length - self.drafted + 1, self.drafted)
+        self.sequence.rollback_unread(behind.rejected)
+        self.pending, self._new = behind.fed, behind.new
 
     def _fork(self, position: int, token: int) -> Drafter:
         """One that goes on as if `position` tokens of the block in flight, or behind it, stood and `token` followed."""
@@ -545,19 +567,18 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
 
 def _forward(drafters: Sequence[Drafter]) -> Tensor:
     """Append what is pending of each request; the logits [rows, V] behind it."""
-    keep = [1 if one._unread is None or one._unread.new is None else 2 for one in drafters]
+    keep = [1 if one._new is None else 2 for one in drafters]
     z = forward_packed([one.sequence for one in drafters], [one.pending for one in drafters], keep)
     if max(keep) == 1:
         return z
     rows = []
     for one, first in zip(drafters, accumulate(keep, initial=0), strict=False):
-        unread = one._unread
-        if unread is None or unread.new is None:
+        if one._new is None:
             rows.append(torch.full((1,), first, device=z.device))
         else:
-            rows.append(unread.new + (first - 1))
-            one.sequence.rollback_unread(2 - unread.new)
-            unread.new = None
+            rows.append(one._new + (first - 1))
+            one.sequence.rollback_unread(2 - one._new)
+            one._new = None
     return z.index_select(0, torch.cat(rows))
 
 

@@ -128,7 +128,7 @@ class Request:
             drafter.stops = self._length.stops
         late = config.defer_verdicts
         if late is None:
-            late = isinstance(drafter, Drafter) and drafter.pending.device.type != "cpu"
+            late = isinstance(drafter, Drafter | DraftGraph) and drafter.device.type != "cpu"
         fixed = config.adaptive == "fixed" and not config.always_escalate
         self._defers = late and fixed and not given.streams and stopping is None
         self._pending_times: dict[str, float] = {}
@@ -163,7 +163,7 @@ class Request:
         """
         return (
             self._defers
-            and isinstance(self.drafter, Drafter)
+            and isinstance(self.drafter, Drafter | DraftGraph)
             and self.room - len(block) - self._config.appends_bonus >= self._config.block_size
             and block.token_ids[-1] not in self._eos
             and self.drafter.can_commit_unread(self._config.block_size)
@@ -171,7 +171,7 @@ class Request:
 
     def defer(self, pending: PendingVerdict, *, draft_seconds: float, verify_seconds: float) -> None:
         """Go on behind a verdict that nobody has read; `settle_pending` takes it."""
-        assert isinstance(self.drafter, Drafter)
+        assert isinstance(self.drafter, Drafter | DraftGraph)
         self.drafter.commit_unread(pending.accepted)
         self.pending = pending
         self._pending_times = {"draft_seconds": draft_seconds, "verify_seconds": verify_seconds}
@@ -211,8 +211,10 @@ class Request:
             emitted, num_accepted = emitted[:kept], min(num_accepted, kept)
         last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
         wasted = 0
-        if isinstance(self.drafter, Drafter):
-            wasted = self.drafter.ahead if last else self.drafter.wasted(num_accepted, next_token)
+        if last and isinstance(self.drafter, Drafter | DraftGraph):
+            wasted = self.drafter.ahead
+        elif isinstance(self.drafter, Drafter):
+            wasted = self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,
