@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from tests.decoding.test_batches import HostReads, clips_of_speech
 from tests.decoding.test_decoder import NEVER_ENDS
-from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
+from ugsd_fast import AudioLM, Decoder, LocalVerifier, ModelError, UGSDConfig
 
 __all__ = ["clips_of_speech"]
 
@@ -86,3 +91,70 @@ def test_one_host_read_a_block(rows: int, graph: bool, audio_lm: LoadModel, clip
     assert more[True][1] > 4
     assert more[False][0] == 2 * more[False][1]
     assert more[True][0] == more[True][1]
+
+
+def test_a_correction_that_ends_the_caption(audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+    """The block that was drafted behind it was in vain, and is counted so."""
+    draft, verifier = audio_lm("qwen2_5_omni", noise=0.05), LocalVerifier(audio_lm("qwen2_5_omni"))
+    config = UGSDConfig(entropy_threshold=0.0, rule="greedy", bonus=False, eos_token_id=NEVER_ENDS)
+    ended = 0
+    for clip in clips_of_speech:
+        blocks = Decoder(draft, verifier, config).generate(clip, max_new_tokens=60).trace.blocks
+        for index, block in enumerate(blocks[1:8], 1):
+            end = block.emitted[-1]
+            before = {token for other in blocks[:index] for token in (*other.draft_tokens, *other.emitted)}
+            if end in before | set(block.draft_tokens) or end in block.emitted[:-1]:
+                continue
+            plain, late = (
+                Decoder(draft, verifier, replace(config, eos_token_id=end, defer_verdicts=defers)).generate(
+                    clip, max_new_tokens=60
+                )
+                for defers in (False, True)
+            )
+            assert plain.tokens == late.tokens
+            assert late.tokens[-1] == end
+            assert [block.wasted for block in late.trace.blocks] == [0] * index + [config.block_size]
+            assert late.metrics.drafter_forwards == plain.metrics.drafter_forwards + config.block_size
+            ended += 1
+            break
+    assert ended > 1
+
+
+def spoil(calls: Iterator[int], which: int, _: Any, __: Any, logits: Tensor) -> Tensor | None:
+    return torch.full_like(logits, torch.nan) if next(calls) == which else None
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("side", ["draft", "verifier"])
+@pytest.mark.parametrize("call", [2, 9])
+def test_logits_that_are_not_finite(
+    call: int, side: str, rows: int, audio_lm: LoadModel, clips_of_speech: Clips
+) -> None:
+    """The same error as where verdicts are read at once, in the draft behind a pending verdict and in a verdict."""
+    sides = {"draft": audio_lm("qwen2_audio", noise=0.05), "verifier": audio_lm("qwen2_audio")}
+    messages = []
+    for defers in (False, True):
+        config = UGSDConfig(entropy_threshold=0.0, rule="greedy", eos_token_id=NEVER_ENDS, defer_verdicts=defers)
+        calls = itertools.count()
+        hook = sides[side].model.get_output_embeddings().register_forward_hook(partial(spoil, calls, call))
+        decoder = Decoder(sides["draft"], LocalVerifier(sides["verifier"]), config)
+        results = decoder.generate(clips_of_speech[:rows], max_new_tokens=64, return_exceptions=True)
+        hook.remove()
+        messages.append([str(result) for result in results])
+        assert all(isinstance(result, ModelError) for result in results)
+        assert "no finite value" in str(results[0])
+    assert messages[0] == messages[1]
+
+
+def test_on_a_cpu_nothing_is_deferred_unless_asked(audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+    draft, verifier = audio_lm("qwen2_audio", noise=0.05), LocalVerifier(audio_lm("qwen2_audio"))
+    for settings in (
+        {},
+        {"defer_verdicts": True, "adaptive": "aimd"},
+        {"defer_verdicts": True, "always_escalate": True},
+    ):
+        config = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS, **settings)
+        with patch.object(LocalVerifier, "launch", side_effect=AssertionError):
+            with pytest.raises(AssertionError):  # of several rows, whatever becomes of verdicts
+                Decoder(draft, verifier, config).generate(clips_of_speech[:2], max_new_tokens=30)
+            Decoder(draft, verifier, config).generate(clips_of_speech[0], max_new_tokens=30)

@@ -331,6 +331,8 @@ class Drafter:
 
     def wasted(self, num_accepted: int, next_token: int) -> int:
         """How many tokens drafted ahead `commit` would throw away."""
+        if self._unread is not None:
+            return 0  # it was drafted behind this very verdict
         fork = self._forks.get((num_accepted, next_token))
         if fork is not None:
             return self.ahead - fork.ahead
