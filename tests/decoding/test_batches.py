@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.overrides import TorchFunctionMode
 
 from tests.decoding.test_decoder import NEVER_ENDS, counted_forwards, greedy
@@ -107,7 +108,7 @@ def test_sampled_rows_are_independent_and_repeatable(audio_lm: LoadModel, clips_
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what brings a tensor's values to the host."""
+    """Counts what brings a tensor's values to the host, or host values to a device so that the host waits for it."""
 
     names = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero"})
 
@@ -116,7 +117,8 @@ class HostReads(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in self.names
+        waits = func is torch.tensor and bool(kwargs and kwargs.get("device"))
+        self.count += waits or getattr(func, "__name__", "") in self.names
         return func(*args, **(kwargs or {}))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import ModelError
 
 MIN_CAPACITY = 64
@@ -376,7 +377,7 @@ class GrowingLayer(DynamicLayer):
 
     def _replace_rows(self, rows: list[int]) -> None:
         assert self._storage is not None
-        index = torch.tensor(rows, device=self._storage[0].device)
+        index = on_device(rows, self._storage[0].device)
         keys, values = (storage.index_select(0, index) for storage in self._storage)
         self._set_storage(keys, values)
         if self._lengths is not None and rows:
@@ -586,5 +587,5 @@ def _slot_index(slots: tuple[int, ...], tokens: int, device: torch.device) -> tu
     """Rows [B, 1] and slots [B, q] that `tokens` tokens of each row go to; the layers of a forward share them."""
     with torch.inference_mode(False):
         rows = torch.arange(len(slots), device=device)[:, None]
-        columns = torch.tensor(slots).to(device, non_blocking=True)[:, None] + torch.arange(tokens, device=device)
+        columns = on_device(slots, device)[:, None] + torch.arange(tokens, device=device)
     return rows, columns

@@ -16,6 +16,7 @@ from ugsd_fast import ops
 from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import ModelError, attempt
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -271,7 +272,7 @@ class Drafter:
             count += 1
         steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
-        entropy = torch.tensor([[step.entropy[0] for step in steps]], device=self._device)
+        entropy = on_device([[step.entropy[0] for step in steps]], self._device)
         kept = [step.logits for step in steps if step.logits is not None]
         record = gate(tokens, entropy, self.config, self.eos)[0].tolist()
         rivals = [step.rivals for step in steps if step.rivals is not None]
@@ -451,7 +452,7 @@ class Drafter:
         if self.processed is not None:
             self.processed.truncate(self.processed.length - self.drafted + num_accepted)
             if next_token >= 0:
-                self.processed.append(torch.tensor([[next_token]], device=self._device))
+                self.processed.append(on_device([[next_token]], self._device))
         kept = self.pending[:, : num_accepted - cached] if num_accepted > cached else self.pending[:, :0]
         if next_token >= 0:
             fed = torch.full((1, 1), min(next_token, self.last_token), dtype=torch.long, device=self._device)
@@ -531,7 +532,7 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
                 if stops is not None and stops(seen[row], clock - before):
                     lengths[row] = step + 1
         if len(active) < rows:
-            where = torch.tensor(active, device=device)
+            where = on_device(active, device)
             token = token.new_zeros(rows).index_copy_(0, where, token)
             entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
         tokens.append(token)
@@ -545,7 +546,7 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
         if rows > 1:
             drafter._shared_draws = drafter.draws
     drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)  # [rows, K]
-    ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
+    ends = None if min(lengths) == drafted.shape[1] else on_device(lengths, device)
     records: Any = gate(drafted, entropy, config, drafters[0].eos, ends)
     kept = [torch.stack(own, 1) if own else None for own in logits]
     if not read:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
 from ugsd_fast.cache.growing import self_attention
+from ugsd_fast.device import on_device
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
 from ugsd_fast.ops.backend import extension
 
@@ -110,8 +111,9 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     wanted: Tensor | None = None
     if sum(keep) < ids.shape[1]:
         ends = list(accumulate(counts))
-        wanted = torch.tensor([at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)])
-        wanted = wanted.to(ids.device, non_blocking=True)
+        wanted = on_device(
+            [at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)], ids.device
+        )
     caches: list[Any] = [sequence.cache for sequence in sequences]
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
     arguments = {**first.step_kwargs(ids, positions, no_mask), **first.hear(sequences, audio)}
@@ -140,8 +142,7 @@ def _positions(sequences: Sequence[CachedSequence], parts: Sequence[Tensor]) -> 
             range(sequence.length, sequence.length + part.shape[1])
             for sequence, part in zip(sequences, parts, strict=True)
         ]
-        flat = torch.tensor([[position for span in spans for position in span]])
-        return flat.to(device, non_blocking=True), {}
+        return on_device([[position for span in spans for position in span]], device), {}
     positions = [sequence.positions(part) for sequence, part in zip(sequences, parts, strict=True)]
     masks = {
         row: sequence.mask_of(own)

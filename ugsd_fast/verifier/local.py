@@ -16,6 +16,7 @@ from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, Block, UnreadBlo
 from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import PendingVerdict, VerifyCall, read_together
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.packed import forward_packed
@@ -211,10 +212,10 @@ class LocalSession:
         """What the next forward has to append to judge a block."""
         pending = [*self._pending, *committed]
         if self._processed is not None and committed:
-            self._processed.append(torch.tensor([list(committed)], device=self._device))
+            self._processed.append(on_device([list(committed)], self._device))
         fed = block.tokens.to(self._device)
         if pending:
-            fed = torch.cat([torch.tensor([pending], dtype=torch.long, device=self._device), fed], dim=1)
+            fed = torch.cat([on_device([pending], self._device), fed], dim=1)
         known = self._next_logits is not None and not pending
         # Ids beyond the vocabulary cannot be embedded; `accept_block` rejects them, and the rollback forgets them.
         return Feed(fed.clamp(max=self._vocab_size - 1), block.width + (not known))
@@ -271,7 +272,7 @@ class LocalSession:
         next_token = [following] if following >= 0 else []
         final = [*block.token_ids[:num_accepted], *next_token]
         if self._processed is not None:
-            self._processed.append(torch.tensor([final], dtype=torch.long, device=self._device))
+            self._processed.append(on_device([final], self._device, torch.long))
         if self.judgements is not None:
             for rows in (self.judgements.logits, self.judgements.scores):
                 rows[-1] = rows[-1][: len(final)]
