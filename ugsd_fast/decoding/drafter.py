@@ -224,8 +224,8 @@ class Drafter:
         self.pending = torch.zeros(1, 0, dtype=torch.long, device=device)  # final, but not in the cache yet
         self.drafted = 0  # length of the block in flight; all but the last token drafted are in the cache
         self.draws = 0
-        self._rejections = 0
-        self._shared_draws = 0  # below, draws were counted for several requests together
+        self._origin = 0  # the draw of the caption's first token, with `config.ahead`: draws count with positions
+        self._shared_draws = 0  # draws below may be other requests'
         self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
         self._forks: dict[tuple[int, int], Drafter] = {}  # by tokens that stand from the block's first on, and the next
         self._flying: Block | None = None  # that was looked at for forks
@@ -361,7 +361,9 @@ class Drafter:
             return
         stand = num_accepted + (next_token >= 0)
         self._final += stand
-        self._rejections += num_accepted < self.drafted
+        if num_accepted < self.drafted:
+            # How much of a block was accepted may have hung on the draws that are thrown away: new ones follow.
+            self._origin = ((self.draws >> 32) + 1) << 32
         if self.buffer and self._foreseen(num_accepted, next_token):
             self._forks = {(at - stand, token): fork for (at, token), fork in forks.items() if at >= stand}
             self._drop(stand - self.drafted)
@@ -372,9 +374,9 @@ class Drafter:
         self._settle(num_accepted, next_token)
         self.drafted = 0
         if self.config.ahead:
-            # The draws of a position do not depend on when verdicts came. Behind a rejection they are new ones: how
-            # much of a block was accepted may have hung on those that are thrown away.
-            self.draws = max((self._rejections << 32) + self._final, self._shared_draws)
+            # The draws of a request that is alone do not depend on when verdicts came.
+            self._origin = max(self._origin, self._shared_draws - self._final)
+            self.draws = self._origin + self._final
 
     def can_commit_unread(self, length: int) -> bool:
         """Whether a block of `length` tokens can be drafted behind the last one before its verdict is known."""
