@@ -11,9 +11,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from ugsd_fast.cache import new_cache
-from ugsd_fast.cache.attention import attention_of
 from ugsd_fast.errors import ModelError
-from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
+from ugsd_fast.models.sequence import CachedSequence, last_logits
 
 
 class EncoderDecoderSequence(CachedSequence):
@@ -45,7 +44,7 @@ class EncoderDecoderSequence(CachedSequence):
         self._heard: Any = None
         if heard is not None:
             self._prompt.clear()
-            self._heard = unmasked(model, heard)
+            self._heard = unmasked(heard, self._mask_kind)
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
         self._toggles_adapter = self._hears = False
@@ -60,11 +59,11 @@ class EncoderDecoderSequence(CachedSequence):
         ids = torch.cat([self._start, tokens], dim=1) if first else tokens
         self.check_room(ids.shape[1])
         if self._heard is None:
-            self._heard = unmasked(self.model, self.model.get_encoder()(**self._prompt))
-        positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
+            self._heard = unmasked(self.model.get_encoder()(**self._prompt), self._mask_kind)
+        positions = self.positions(ids)
         with last_logits(self.model, keep if first else 0) as extra:
             logits = self.model(
-                **self.step_kwargs(ids, positions.expand(ids.shape[0], -1), None),
+                **self.step_kwargs(ids, positions, self.mask_of(positions)),
                 past_key_values=self.cache,
                 use_cache=True,
                 **extra,
@@ -93,7 +92,7 @@ class EncoderDecoderSequence(CachedSequence):
         if self._heard is None:
             heard = self.model.get_encoder()(**audio)
             for row, sequence in enumerate(sequences):
-                sequence._heard = unmasked(self.model, row_of(heard, row))
+                sequence._heard = unmasked(row_of(heard, row), self._mask_kind)
         states = torch.cat([sequence._heard[0] for sequence in sequences], 1)
         return {"encoder_outputs": type(self._heard)(last_hidden_state=states)}
 
@@ -120,22 +119,23 @@ class EncoderDecoderSequence(CachedSequence):
 
 
 @torch.inference_mode()
-def unmasked(model: Any, heard: Any) -> Any:
+def unmasked(heard: Any, mask_kind: str | None) -> Any:
     """What an encoder has put out, for a decoder that is to attend to all of it and to build no mask at each step.
 
     What is masked in every row is left out: its weights are 0, and cross-attention knows no positions. Where rows have
-    different masks, one of 4 dimensions stays, which models hand to attention as it is.
+    different masks, one of the kind that attention takes stays (see `PACKABLE_ATTENTION`): one of 4 dimensions is handed
+    on as it is.
     """
     mask = getattr(heard, "attention_mask", None)
     if mask is None:
         return heard
-    states, valid = heard.last_hidden_state, mask.bool()
+    states = heard.last_hidden_state
+    valid = mask.to(states.device, torch.bool)
     if len(valid) == 1 or bool((valid == valid[:1]).all()):
         return type(heard)(last_hidden_state=states[:, valid[0]])
-    kind = PACKABLE_ATTENTION.get(attention_of(model.config))
-    if kind is not None:
+    if mask_kind is not None:
         mask = valid[:, None, None]
-        if kind == "float":
+        if mask_kind == "float":
             mask = torch.zeros_like(mask, dtype=states.dtype).masked_fill_(~mask, torch.finfo(states.dtype).min)
     return type(heard)(last_hidden_state=states, attention_mask=mask)
 
