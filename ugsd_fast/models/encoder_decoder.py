@@ -123,8 +123,8 @@ def unmasked(heard: Any, mask_kind: str | None) -> Any:
     """What an encoder has put out, for a decoder that is to attend to all of it and to build no mask at each step.
 
     What is masked in every row is left out: its weights are 0, and cross-attention knows no positions. Where rows have
-    different masks, one of the kind that attention takes stays (see `PACKABLE_ATTENTION`): one of 4 dimensions is handed
-    on as it is.
+    different masks, one of the kind that attention takes stays (see `PACKABLE_ATTENTION`): with 4 dimensions, it is
+    handed on unchanged.
     """
     mask = getattr(heard, "attention_mask", None)
     if mask is None:
