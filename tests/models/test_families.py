@@ -236,6 +236,17 @@ def test_a_decoder_prompt_of_ones_own(verifiers: dict[str, Tiny]) -> None:
     assert result.tokens == own[0, -8:].tolist()
 
 
+@pytest.mark.parametrize("family", ["whisper", "moonshine"])
+def test_what_was_heard_can_be_handed_in_alone(family: str, verifiers: dict[str, Tiny]) -> None:
+    model, inputs = verifiers[family].model, verifiers[family].inputs()
+    decoder = Decoder(None, LocalVerifier(AudioLM(model)), LOSSLESS)
+    heard = model.get_encoder()(**{name: value for name, value in inputs.items() if name != "decoder_input_ids"})
+    whole, alone = (
+        decoder.generate(verifier_inputs=given, max_new_tokens=8) for given in (inputs, {"encoder_outputs": heard})
+    )
+    assert alone.tokens == whole.tokens
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_streaming_codecs_are_refused_with_the_reason(model_type: str) -> None:
     model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))

@@ -39,7 +39,7 @@ class EncoderDecoderSequence(CachedSequence):
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], heard: Any = None):
         self.model = model
         self._prompt = dict(inputs)  # of the encoder
-        self._start = decoder_prompt(model, self._prompt)
+        self._start = decoder_prompt(model, self._prompt if heard is None else {"heard": heard[0], **self._prompt})
         self._prompt.pop("decoder_input_ids", None)
         self._heard: Any = None
         if heard is not None:
