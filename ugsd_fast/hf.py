@@ -84,9 +84,15 @@ class UGSDGenerate:
     Notes
     -----
     ``generate(streamer=…, assistant_model=…)`` are refused: transformers keeps them to itself. ``stop_strings`` go to
-    ``generate`` directly, not in a `GenerationConfig`. ``past_key_values`` are not returned. Scores are the verifier's,
-    so they need ``always_escalate``; behind a row's end they are zero. With ``do_sample=True`` the uniforms are seeded
-    from torch's generator: ``torch.manual_seed`` decides, as ever.
+    ``generate`` directly, not in a `GenerationConfig`. Scores are the verifier's, so they need ``always_escalate``;
+    behind a row's end they are zero. With ``do_sample=True`` the uniforms are seeded from torch's generator:
+    ``torch.manual_seed`` decides, as ever.
+
+    ``past_key_values``, of ``return_dict_in_generate=True`` or given empty, hold at the end what ``generate`` leaves in
+    them: all tokens but the newest, and padding behind rows that have ended. What no verifier has seen of that takes
+    one more forward pass, which no metric counts, and every row's cache is kept until then. None is returned, and one
+    that was given stays empty, where rows are padded and the model counts padding as positions (VibeVoice-ASR), or
+    where it has no room for the padding.
 
     Examples
     --------
@@ -150,7 +156,8 @@ class UGSDGenerate:
 
         config = self._config_of(generation_config, warpers, ends)
         scored = _wants_scores(generation_config, config)
-        cache = _wanted_cache(model, generation_config, model_kwargs)
+        padding = _padding(model, input_ids, model_kwargs)
+        cache = _wanted_cache(model, generation_config, model_kwargs, padded=any(padding))
         inputs = _model_inputs(verifier.model, input_ids, model_kwargs)
         heard = {model.main_input_name: inputs_tensor} if model.config.is_encoder_decoder else {}
         copies = generation_config.num_return_sequences or 1
@@ -177,7 +184,7 @@ class UGSDGenerate:
         padded = nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=0 if pad is None else pad)
         sequences = torch.cat([input_ids, padded], 1)
         lengths = [len(row) for row in written]
-        if cache is not None and not keeper.fill(cache, sequences, _padding(model, input_ids, model_kwargs), lengths):
+        if cache is not None and not keeper.fill(cache, sequences, padding, lengths):
             cache = None
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -251,7 +258,7 @@ class UGSDGenerate:
 
 
 class _KeepingVerifier(LocalVerifier):
-    """A verifier for one call that keeps its sessions: their caches, and where scored what they thought of each token."""
+    """A verifier for one call that keeps its sessions: their caches, and what they thought of every token if scored."""
 
     def __init__(self, verifier: LocalVerifier, *, scored: bool):
         super().__init__(verifier.model)
@@ -319,18 +326,17 @@ class _KeepingVerifier(LocalVerifier):
 
 def _move(rows: Sequence[Cache], cache: Cache, width: int) -> None:
     """Put the keys and values of caches of one row each into one cache, layer by layer, aligned at the right."""
-    for index, first in enumerate(rows[0].layers):
-        if getattr(first, "keys", None) is None:  # shares another's
-            continue
+    for index in range(len(rows[0].layers)):
         layers: list[Any] = [row.layers[index] for row in rows]
-        states = [
+        if getattr(layers[0], "keys", None) is None:  # shares another's
+            continue
+        keys, values = (
             torch.cat([nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
             for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
-        ]
-        for row in rows:
+        )
+        cache.update(keys, values, index)
+        for row in rows:  # so that there are never two of all
             row.layers[index] = None  # type: ignore[call-overload]
-        del first, layers
-        cache.update(*states, index)
 
 
 def _refuse_what_generate_keeps() -> None:
@@ -382,11 +388,13 @@ def _wants_scores(generation_config: GenerationConfig, config: UGSDConfig) -> bo
     return True
 
 
-def _wanted_cache(model: Any, config: GenerationConfig, model_kwargs: Inputs) -> Cache | None:
-    """The cache that `generate` has made or was given, if anybody will see it."""
+def _wanted_cache(model: Any, config: GenerationConfig, model_kwargs: Inputs, *, padded: bool) -> Cache | None:
+    """The cache that `generate` has made or was given, if anybody will see it and it can be filled."""
     cache = model_kwargs.get("past_key_values")
     if not config.return_dict_in_generate and not getattr(cache, "_is_user_defined", False):
         return None
+    if padded and "position_ids" not in inspect.signature(model.forward).parameters:
+        return None  # generate would count padding among the positions, and the loop does not
     if cache is not None and model.config.is_encoder_decoder and not isinstance(cache, EncoderDecoderCache):
         return EncoderDecoderCache(cache, DynamicCache(config=model.config))
     return cache
