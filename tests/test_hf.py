@@ -339,7 +339,7 @@ def test_nothing_is_kept_unless_asked_for(verifiers: dict[str, Tiny], monkeypatc
     settings = {**target.inputs(), "max_new_tokens": 4, "do_sample": False, "custom_generate": ugsd}
     target.model.generate(**settings)
     decoder = ugsd._decoder
-    output = target.model.generate(**settings, return_dict_in_generate=True)
+    output = target.model.generate(**settings, return_dict_in_generate=True, output_scores=True)
     assert [session.keeps_cache for session in opened] == [False, True]
     assert ugsd._decoder is decoder
     assert output.past_key_values is not None
@@ -351,6 +351,24 @@ def test_nothing_is_kept_unless_asked_for(verifiers: dict[str, Tiny], monkeypatc
         **settings, pad_token_id=0, custom_generate=alone, return_dict_in_generate=True
     )
     assert output.past_key_values is None
+
+
+def test_without_room_for_the_padding_no_cache_is_returned() -> None:
+    """The longest prompt's row ends early, and another runs on until padding there would change frequencies."""
+    target, draft = build("phi4_multimodal"), build("phi4_multimodal", noise=0.1)
+    inputs = batch_of(target, 3)
+    settings = {**inputs, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    first, *others = target.model.generate(**settings).sequences[:, -12:].tolist()
+    settings["eos_token_id"] = [next(token for token in row if token not in first) for row in others]
+    ugsd = UGSDGenerate(draft.model, batch_of(draft, 3))
+    own = target.model.generate(**settings)
+    target.model.config.rope_parameters = {**(target.model.config.rope_parameters or {}), "rope_type": "longrope"}
+    for room, has_cache in ((inputs["input_ids"].shape[1] + 10, False), (512, True)):
+        target.model.config.original_max_position_embeddings = room
+        output = target.model.generate(**settings, custom_generate=ugsd)
+        assert torch.equal(output.sequences, own.sequences)
+        assert (output.past_key_values is not None) == has_cache
+        assert len(ugsd.results[0].tokens) == 12 > max(len(result.tokens) for result in ugsd.results[1:])
 
 
 @pytest.mark.parametrize("family", ["qwen2_audio", "qwen2_5_omni", "qwen3_omni"])
