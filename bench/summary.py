@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from bench import compile_report, gpu, traffic
 from bench.harness import Row, target_text
 from bench.kernels import accept_block, kv_compact, lm_head_stats, sample
-from bench.markdown import number, table
+from bench.markdown import machine_lines, number, table
 from examples.embedded_pair.report import NAMES, SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,25 +89,18 @@ def share_of_floor(row: Row) -> str:
     return f"{row['floor']['share']['median']:.0%}" if row["bytes"] >= MEASURABLE else "–"
 
 
-def machine_lines(machine: Row, conditions: Sequence[Row]) -> list[str]:
-    """Return what was measured on and under which conditions of each run, as a list."""
-    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in machine["caches"].items())
-    versions = ", ".join(
-        f"{name} {machine[name]}" for name in ("ugsd_fast", "torch", "transformers", "numpy", "python")
-    )
+def condition_line(conditions: Sequence[Row]) -> str:
+    """Return under which conditions the runs were."""
     thresholds = (
         "raised to 1 GiB" if all(one["malloc_thresholds_raised"] for one in conditions) else "at their defaults"
     )
     rounds = sorted({one["rounds"] for one in conditions})
     loads = [one["load_before"] for one in conditions]
-    return [
-        f"- {machine['cpu']}, {machine['cores']} cores ({', '.join(machine['simd'])}; the C++ ops chose "
-        f"{machine['isa']}), {caches}, {machine['memory_gib']} GiB",
-        f"- {versions}, {machine['libc']}; transparent huge pages `{machine['huge_pages']}`",
+    return (
         f"- malloc's mmap and trim thresholds {thresholds}; {' or '.join(map(str, rounds))} rounds; load of the "
         f"machine before the runs {min(loads):.1f} to {max(loads):.1f} (quiet: below 1), preemptions during them "
-        f"{sum(one['preemptions'] for one in conditions)}",
-    ]
+        f"{sum(one['preemptions'] for one in conditions)}"
+    )
 
 
 def targets_table(kernels: Row) -> list[str]:
@@ -283,7 +276,8 @@ def document(kernels: Row, **decoding: Row | None) -> str:
         "",
         f"Written by `make bench` ({kernels['date']}); the numbers are in `bench/results/kernels.json`.",
         "",
-        *machine_lines(kernels["machine"], conditions),
+        *machine_lines(kernels["machine"]),
+        condition_line(conditions),
         "- backends: " + ", ".join(f"`{op}` {backend}" for op, backend in backends_of(kernels).items()),
         "",
         HOW,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from bench.harness import Row
-from bench.markdown import number, table
+from bench.markdown import machine_lines, number, table
 from bench.network.constants import ACTIVE, BUSY, FOUR_BITS, IDLE, ORIN_NANO, TRANSFORMERS
 from bench.network.latency import (
     AHEAD,
@@ -79,6 +79,7 @@ def network(report: Row) -> Iterator[str]:
     settings = report["settings"]
     yield "# Edge and cloud over a network\n"
     yield f"Written by `make bench-network` ({report['date']}); the numbers are in `bench/results/network.json`.\n"
+    yield "\n".join(machine_lines(report["machine"])) + "\n"
     yield HOW.format(**settings)
     if report["netem"]:
         yield f"The kernel of this run has no netem (`{report['netem']}`), hence the process in between.\n"
@@ -226,6 +227,7 @@ def load(report: Row) -> Iterator[str]:
     memory = last["rss_mib"]
     yield "## One server under load\n"
     yield f"Written by `make bench-load` ({report['date']}); the numbers are in `bench/results/load.json`.\n"
+    yield "\n".join(machine_lines(report["machine"])) + "\n"
     if report.get("note"):
         yield f"{report['note']}\n"
     yield (

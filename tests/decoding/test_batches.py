@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.overrides import TorchFunctionMode
 
 from tests.decoding.test_decoder import NEVER_ENDS, counted_forwards, greedy
@@ -107,7 +108,7 @@ def test_sampled_rows_are_independent_and_repeatable(audio_lm: LoadModel, clips_
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what brings a tensor's values to the host."""
+    """Counts what brings a tensor's values to the host, or host values to a device so that the host waits for it."""
 
     names = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero"})
 
@@ -116,19 +117,21 @@ class HostReads(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in self.names
+        waits = func is torch.tensor and bool(kwargs and kwargs.get("device"))
+        self.count += waits or getattr(func, "__name__", "") in self.names
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("rows", "graph"), [(1, False), (4, False), (1, True)], ids=["1", "4", "graph"])
 def test_one_host_read_a_block_and_one_more_where_a_gate_asks(
-    rows: int, audio_lm: LoadModel, clips_of_speech: Clips
+    rows: int, graph: bool, audio_lm: LoadModel, clips_of_speech: Clips
 ) -> None:
-    """Whatever the number of rows; counted between blocks, as prompts are checked on the host."""
+    """Whatever the number of rows; counted between blocks, as prompts are checked on the host. See test_deferred.py."""
     draft, verifier = audio_lm("qwen2_audio", noise=0.05), audio_lm("qwen2_audio")
-    edge = Decoder(draft, None, UGSDConfig(eos_token_id=NEVER_ENDS))
-    checked = Decoder(draft, LocalVerifier(verifier), UGSDConfig(always_escalate=True, eos_token_id=NEVER_ENDS))
-    gated = Decoder(draft, LocalVerifier(verifier), UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS))
+    free = UGSDConfig(eos_token_id=NEVER_ENDS, graph=graph)
+    edge = Decoder(draft, None, free)
+    checked = Decoder(draft, LocalVerifier(verifier), replace(free, always_escalate=True))
+    gated = Decoder(draft, LocalVerifier(verifier), replace(free, entropy_threshold=0.0))
     for decoder, reads_a_block in ((edge, 1), (checked, 1), (gated, 2)):
         given = [Given(clip, max_new_tokens=TOKENS, row=row) for row, clip in enumerate(clips_of_speech[:rows])]
         requests = [decoder._open(one) for one in given]

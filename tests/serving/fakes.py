@@ -53,6 +53,7 @@ class FakeBackend:
         self.calls = 0
         self.delay = 0.0
         self.fail_next = 0
+        self.closed = False
 
     async def prepare(self, request: protocol.Open) -> FakeState:
         return FakeState(request.prompt or "")
@@ -75,6 +76,9 @@ class FakeBackend:
 
     def release(self, state: FakeState) -> None:
         state.released = True
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Net:

@@ -11,14 +11,16 @@ import torch
 
 from tests.models.test_families import FAMILIES, _torchaudio
 from tests.models.tiny import build, processor
-from ugsd_fast import AudioLM, UGSDConfig
+from tests.serving.fakes import block
+from ugsd_fast import AudioLM, Decoder, LocalVerifier, RemoteVerifier, UGSDConfig
 from ugsd_fast.audio import Audio
-from ugsd_fast.errors import ModelError
+from ugsd_fast.errors import ModelError, VerifierRefused
 from ugsd_fast.serving import protocol
 from ugsd_fast.serving.engine import ModelBackend, ServedSession
 from ugsd_fast.serving.front_end import LogMel, encode_embeddings, encode_flac
 from ugsd_fast.serving.memory import cache_bytes
 from ugsd_fast.serving.quantize import quantize
+from ugsd_fast.serving.server import serve_model
 from ugsd_fast.serving.sessions import Call
 
 __all__ = ["_torchaudio"]
@@ -89,6 +91,45 @@ def test_every_family_is_served(family: str) -> None:
             backend.release(state)
     finally:
         backend.close()
+
+
+@pytest.mark.usefixtures("_torchaudio")
+@pytest.mark.parametrize("family", ["whisper", "moonshine"])
+def test_encoder_decoders_are_served_up_to_their_last_position(family: str) -> None:
+    """And one token more is refused where positions are learned; the session and the server live on."""
+    model, other = (AudioLM(build(family, noise=noise).model, processor(family)) for noise in (0.0, 0.3))
+    clip, end = noise(model), UGSDConfig(rule="greedy", always_escalate=True, eos_token_id=-1)
+    config = model.model.config
+    positions = config.max_target_positions if family == "whisper" else config.max_position_embeddings
+    room = positions - model.prompt_ids(model.prepare(clip)).shape[1]
+    # The verifier's own: its last token need not be fed.
+    tokens = Decoder(None, LocalVerifier(model), end).generate(clip, max_new_tokens=room + 1).tokens
+    with (
+        serve_model(model, name=family, port=0).running() as server,
+        RemoteVerifier(server.url, uplink="audio") as verifier,
+    ):
+        assert Decoder(None, verifier, end).generate(clip, max_new_tokens=room + 1).tokens == tokens
+        result = Decoder(other, verifier, end).generate(clip, max_new_tokens=room)
+        assert result.tokens == tokens[:room]
+        assert 0 < result.metrics.acceptance_rate < 1
+        final, last = tokens[: room - 3], tokens[room - 3 : room]
+        session, beside = (verifier.open(end, audio=clip) for _ in range(2))
+        for draft in ([*last, 7], list(range(100))) if family == "whisper" else ():
+            refused, judged = (one.submit(final, block(d), bonus=True) for one, d in ((session, draft), (beside, [7])))
+            with pytest.raises(VerifierRefused, match=rf"would hold {93 + len(draft)} tokens, expected at most 96"):
+                refused.result()
+            assert judged.result().num_accepted == (last[0] == 7)
+            beside.close()
+            beside = verifier.open(end, audio=clip)
+        for one in (session, beside):
+            verdict = one.verify(final, block(last), bonus=True)
+            assert (verdict.num_accepted, verdict.next_token) == (3, tokens[room])
+        if family == "whisper":
+            with pytest.raises(VerifierRefused, match="would hold 97 tokens"):
+                session.verify([], block([]), bonus=True)
+            with pytest.raises(VerifierRefused, match="would hold 97 tokens"):
+                Decoder(None, verifier, end).generate(clip, max_new_tokens=room + 2)
+        assert Decoder(other, verifier, end).generate(clip, max_new_tokens=9).tokens == tokens[:9]
 
 
 def test_what_cannot_be_served_is_refused_at_the_start() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 
 import pytest
 import torch
@@ -348,6 +350,104 @@ def test_a_session_that_ends_takes_its_blocks_along(machine: Callable[..., Machi
     assert isinstance(future.exception(5), Refusal)
     with pytest.raises(Refusal, match="the session has ended"):
         one.scheduler.submit(state, BLOCK)
+
+
+class TestClosing:
+    """Nobody waits for ever, whatever the threads are at."""
+
+    @staticmethod
+    def refused(future: Future[Judged]) -> None:
+        error = future.exception(1)
+        assert isinstance(error, Refusal)
+        assert (error.code, str(error)) == ("unknown_session", "the server is closing")
+
+    def test_what_waits_is_refused_at_once_and_what_is_computed_comes_to_its_end(
+        self, machine: Callable[..., Machine]
+    ) -> None:
+        one = machine(prefill_chunk=10)
+        judged, heard, waiting = one.session("a"), State(one.log, "b", 30), State(one.log, "c", 30)
+        settled(one, judged)
+        inside, go_on = threading.Event(), threading.Event()
+        prefill = one.prefill
+
+        def slow(pieces: Sequence[tuple[State, int]]) -> list[Exception | None]:
+            inside.set()
+            assert go_on.wait(5)
+            return prefill(pieces)
+
+        one.prefill = slow  # type: ignore[method-assign]
+        one.hold.clear()
+        in_flight = one.scheduler.submit(judged, BLOCK)
+        for state in (heard, waiting):
+            one.scheduler.add(state)
+        assert inside.wait(5)
+        while not in_flight.running():
+            time.sleep(0.001)
+        futures = [one.scheduler.submit(state, BLOCK) for state in (judged, heard, waiting)]
+        closing = threading.Thread(target=one.scheduler.close)
+        closing.start()
+        for future in futures:
+            self.refused(future)
+        assert closing.is_alive()
+        assert not in_flight.done()
+        go_on.set()
+        one.hold.set()
+        assert in_flight.result(5) == Judged(0, 7)
+        closing.join(5)
+        assert not any(thread.is_alive() for thread in (closing, *one.scheduler._threads))
+        assert not one.scheduler._claims
+        assert not any(state.done for state in (judged, heard, waiting))
+
+    def test_later_ones_are_refused_and_closing_again_is_nothing(self, machine: Callable[..., Machine]) -> None:
+        one = machine()
+        state = one.session("a")
+        one.scheduler.close()
+        one.scheduler.close()
+        with pytest.raises(Refusal, match="the server is closing"):
+            one.scheduler.submit(state, BLOCK)
+        with pytest.raises(Refusal, match="the server is closing"):
+            one.session("b")
+        one.scheduler.remove(state)
+
+    def test_a_last_forward_that_fails_is_not_tried_again(self, machine: Callable[..., Machine]) -> None:
+        one = machine()
+        states = [one.session(name) for name in "ab"]
+        settled(one, *states)
+        one.poison = states[0]
+        one.hold.clear()
+        futures = [one.scheduler.submit(state, BLOCK) for state in states]
+        while not all(future.running() for future in futures):
+            time.sleep(0.001)
+        closing = threading.Thread(target=one.scheduler.close)
+        closing.start()
+        while not one.scheduler._closed:
+            time.sleep(0.001)
+        one.hold.set()
+        for future in futures:
+            self.refused(future)
+        closing.join(5)
+        assert not closing.is_alive()
+
+    def test_under_load(self, machine: Callable[..., Machine]) -> None:
+        """At any moment, with callers that ask again from where they are answered."""
+        for moment in range(20):
+            one = machine(max_wait=0.0)
+            states = [one.session(name, prompt=moment % 3 + 1) for name in "abcdef"]
+            futures: list[Future[Judged]] = []
+
+            def ask(state: State, one: Machine = one, futures: list[Future[Judged]] = futures) -> None:
+                with suppress(Refusal):
+                    future = one.scheduler.submit(state, BLOCK)
+                    futures.append(future)
+                    future.add_done_callback(lambda _: ask(state))
+
+            for state in states:
+                ask(state)
+            time.sleep(0.001 * moment)
+            one.scheduler.close()
+            assert all(future.done() for future in futures)
+            refusals = [future.exception() for future in futures]
+            assert {str(error) for error in refusals if error is not None} <= {"the server is closing"}
 
 
 def test_a_call_that_makes_no_sense_is_its_own_sessions_trouble() -> None:

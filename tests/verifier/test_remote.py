@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import ssl
@@ -25,9 +26,10 @@ from ugsd_fast import Decoder, RemoteVerifier, UGSDConfig
 from ugsd_fast.audio import load_audio
 from ugsd_fast.demo import EmbeddedPair, clips, load_pair
 from ugsd_fast.errors import VerifierRefused, VerifierUnavailable
-from ugsd_fast.serving import TLS, Limits, Tokens
+from ugsd_fast.serving import TLS, Limits, Tokens, protocol
 from ugsd_fast.serving.client import Patience
 from ugsd_fast.serving.engine import ModelBackend, ServedSession
+from ugsd_fast.serving.link import Connector, LinkLost
 from ugsd_fast.serving.metrics import Metrics
 from ugsd_fast.serving.security import UnsafeServer, check_binding
 from ugsd_fast.serving.server import Server, serve_model
@@ -416,6 +418,62 @@ class TestFailures:
             clips()[5].path, prompt=pair.prompt, max_new_tokens=30
         )
         assert tokens == local.tokens
+
+
+class TestShutdown:
+    """A server that ends while verdicts are waited for: connections close at once, and its threads end."""
+
+    def test_whoever_waits_hears_of_it(self, pair: EmbeddedPair) -> None:
+        server = serve_model(pair.verifier.model, name="embedded", port=0)
+        scheduler = server.hub.backend._scheduler  # type: ignore[attr-defined]
+        judge, inside, go_on = scheduler._judge.judge, threading.Event(), threading.Event()
+
+        def slow(jobs: Any) -> Any:
+            inside.set()
+            assert go_on.wait(5)
+            return judge(jobs)
+
+        scheduler._judge.judge = slow
+        patience = Patience(deadline=2.0, attempt=1.0, first_delay=0.01, longest_delay=0.1, failures=10)
+        with RemoteVerifier(server.url, uplink="audio", patience=patience) as verifier:
+            with server.running():
+                sessions = [verifier.open(lossless(pair), audio=load_audio(clips()[0].path)) for _ in range(2)]
+                computed = sessions[0].submit([], block([1]), bonus=True)
+                assert inside.wait(5)
+                waiting = sessions[1].submit([], block([1]), bonus=True)
+                deadline = time.monotonic() + 1.9
+                while not scheduler._jobs:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.005)
+                began = time.monotonic()
+                threading.Timer(0.5, go_on.set).start()
+            for future in (computed, waiting):
+                error = future.exception(3)
+                assert isinstance(error, VerifierUnavailable)
+                assert "no verdict within 2 s" in str(error)
+        assert time.monotonic() - began < 5
+        assert not any(thread.is_alive() for thread in scheduler._threads)
+
+    def test_the_connection_closes_within_a_second(self) -> None:
+        server = fake_server()
+        server.hub.backend.delay = 60.0  # type: ignore[attr-defined]
+
+        async def wait_for_a_verdict() -> float:
+            link = await Connector()(server.url)
+            rules = protocol.Rules(rule="greedy")
+            await link.send(protocol.encode(protocol.Open(protocol.VERSION, "none", rules, "p", 0)))
+            await link.send(protocol.encode(protocol.Verify(0, 0, [], [1], True, 0, 0)))
+            frames = [type(protocol.decode_server(await link.recv())) for _ in range(2)]
+            assert frames == [protocol.Welcome, protocol.Opened]
+            began = time.monotonic()
+            server.stop()
+            with pytest.raises(LinkLost):
+                await link.recv()
+            return time.monotonic() - began
+
+        with server.running():
+            assert asyncio.run(wait_for_a_verdict()) < 1.0
+        assert server.hub.backend.closed  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

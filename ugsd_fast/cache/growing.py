@@ -17,11 +17,36 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import ModelError
 
 MIN_CAPACITY = 64
 MAX_ROLLBACK = 256
 _CHUNK = 64  # slots whose views are made at once
+
+
+class OpenEnd:
+    """Where the tokens of a cache of one row end while only the device knows how many it holds.
+
+    Parameters
+    ----------
+    length : LongTensor[1]
+        Tokens in the cache.
+
+    Attributes
+    ----------
+    slots : LongTensor[q]
+        Where the forward in progress writes; set by `begin`.
+    """
+
+    def __init__(self, length: Tensor):
+        self.length = length
+        self.slots = length
+
+    def begin(self, tokens: int) -> Tensor:
+        """Slots [q] of the next `tokens`, which are their positions too."""
+        self.slots = self.length + torch.arange(tokens, device=self.length.device)
+        return self.slots
 
 
 class GrowingLayer(DynamicLayer):
@@ -74,6 +99,7 @@ class GrowingLayer(DynamicLayer):
         self._lengths: list[int] | None = None  # where rows differ
         self._step_shape = torch.Size()
         self._is_inference = False
+        self._end: OpenEnd | None = None  # then `_length` is the most that there can be
         self._first_slot = 0
         self._slots: list[tuple[Tensor, Tensor]] = []  # of the next steps, from token _first_slot on
 
@@ -128,6 +154,8 @@ class GrowingLayer(DynamicLayer):
             Views of the cache, T as `get_mask_sizes(q)` told before.
         """
         length = self._length
+        if self._end is not None:
+            return self._append_at(self._end.slots, key_states, value_states)
         if key_states.shape == self._step_shape:
             index = length - self._first_slot
             if 0 <= index < len(self._slots) and (not self._is_inference or torch.is_inference_mode_enabled()):
@@ -182,6 +210,19 @@ class GrowingLayer(DynamicLayer):
                 f"max_rollback={self._max_rollback} (older keys are dropped)"
             )
         self._set_lengths(lengths, longest)
+
+    def leave_open(self, end: OpenEnd) -> None:
+        """Have the device say from now on where tokens end; `get_seq_length` is the most there can be until `close`.
+
+        For an initialised layer of one row without a window.
+        """
+        self._end = end
+        self._slots = []
+
+    def close(self, length: int) -> None:
+        """Take back what `leave_open` began: there are `length` tokens."""
+        self._end = None
+        self._set_lengths(None, length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` tokens of every row, as transformers' layers do."""
@@ -255,6 +296,16 @@ class GrowingLayer(DynamicLayer):
         self._length += tokens
         return self._view(0, first, self._length), self._view(1, first, self._length)
 
+    def _append_at(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write states to slots that the device knows; what is behind the newest is masked by the caller."""
+        tokens = key_states.shape[2]
+        self._reserve(tokens)
+        assert self._storage is not None
+        for storage, states in zip(self._storage, (key_states, value_states), strict=True):
+            storage.index_copy_(2, slots, states)
+        self._length += tokens
+        return self._view(0, 0, self._length), self._view(1, 0, self._length)
+
     def _begin_behind(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Take a prompt longer than the window, of which only the end is kept; all of it is attended to once."""
         tokens = key_states.shape[2]
@@ -326,7 +377,7 @@ class GrowingLayer(DynamicLayer):
 
     def _replace_rows(self, rows: list[int]) -> None:
         assert self._storage is not None
-        index = torch.tensor(rows, device=self._storage[0].device)
+        index = on_device(rows, self._storage[0].device)
         keys, values = (storage.index_select(0, index) for storage in self._storage)
         self._set_storage(keys, values)
         if self._lengths is not None and rows:
@@ -439,6 +490,58 @@ class GrowingCache(DynamicCache):
                 layer.rollback(counts if one is None else one)
         return self
 
+    @property
+    def end(self) -> OpenEnd | None:
+        """Where tokens end, while only the device knows it."""
+        layer = self._first_layer()
+        return None if layer is None else layer._end
+
+    @property
+    def can_be_open(self) -> bool:
+        """Whether `rollback_unread` can be: one row, and no window, which would have to be cut on the host."""
+        held = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+        return all(layer.is_initialized and not layer.is_sliding and layer._step_shape[0] == 1 for layer in held)
+
+    def rollback_unread(self, rejected: Tensor) -> OpenEnd:
+        """Forget the newest tokens, of which only the device knows how many; nothing is read or moved.
+
+        Until `close` tells the number, `get_seq_length` is an upper bound. Forwards begin with `OpenEnd.begin`, end
+        with a new `OpenEnd.length`, and mask the slots behind each query.
+
+        Parameters
+        ----------
+        rejected : LongTensor[1]
+            Not checked.
+
+        Examples
+        --------
+        >>> cache = GrowingCache()
+        >>> states = torch.zeros(1, 2, 7, 4)
+        >>> _ = cache.update(states, states, 0)
+        >>> end = cache.rollback_unread(torch.tensor([2]))
+        >>> slots = end.begin(1)
+        >>> _ = cache.update(states[:, :, :1] + 1, states[:, :, :1] + 1, 0)
+        >>> cache.close(6).layers[0].keys[0, 0, :, 0].tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+        """
+        if not self.can_be_open:
+            raise ModelError("GrowingCache: the cache has several rows or a window, expected one row without a window")
+        end = self.end
+        if end is None:
+            end = OpenEnd(torch.full_like(rejected, self.get_seq_length()))
+            for layer in self.layers:
+                if isinstance(layer, GrowingLayer):
+                    layer.leave_open(end)
+        end.length = end.length - rejected
+        return end
+
+    def close(self, length: int) -> GrowingCache:
+        """Say on the host how many tokens there are since `rollback_unread`."""
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.close(length)
+        return self
+
     def _first_layer(self) -> GrowingLayer | None:
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):
@@ -484,5 +587,5 @@ def _slot_index(slots: tuple[int, ...], tokens: int, device: torch.device) -> tu
     """Rows [B, 1] and slots [B, q] that `tokens` tokens of each row go to; the layers of a forward share them."""
     with torch.inference_mode(False):
         rows = torch.arange(len(slots), device=device)[:, None]
-        columns = torch.tensor(slots).to(device, non_blocking=True)[:, None] + torch.arange(tokens, device=device)
+        columns = on_device(slots, device)[:, None] + torch.arange(tokens, device=device)
     return rows, columns

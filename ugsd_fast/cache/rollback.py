@@ -36,7 +36,10 @@ def new_cache(config: Any) -> Cache:
     config : transformers.PreTrainedConfig
         Of the model.
     """
-    return GrowingCache(config) if GrowingCache.supports(config) else DynamicCache(config=config)
+    try:
+        return GrowingCache(config)
+    except ModelError:  # asked first with `supports`, it would look at every layer twice
+        return DynamicCache(config=config)
 
 
 def enable_rollback(cache: Cache) -> None:

@@ -10,6 +10,7 @@ from transformers import Cache
 
 from ugsd_fast.cache.attention import attention_of
 from ugsd_fast.cache.growing import GrowingCache, self_attention
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import ModelError
 
 _MASKED = {"sdpa": None, "eager": "float"}  # implementations that take a 4-D mask: bool, or numbers to add
@@ -80,7 +81,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
     if lengths is None:
         positions = (held.cumsum(-1) - 1).clamp_(min=0)
         return {"attention_mask": held, "position_ids": positions[:, length:]}
-    slots = torch.tensor(lengths).to(device, non_blocking=True)[:, None] + steps  # [B, q]
+    slots = on_device(lengths, device)[:, None] + steps  # [B, q]
     columns = torch.arange(length + count, device=device)
     held = held * (columns <= slots[:, -1:])
     positions = (held.cumsum(-1) - 1).clamp_(min=0).gather(1, slots)

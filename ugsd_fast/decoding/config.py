@@ -64,6 +64,13 @@ class UGSDConfig:
     graph : bool
         Draft in a static cache, with a step that runs at fixed addresses: on a GPU it is captured once in a CUDA graph
         and replayed. On other devices the same step runs uncaptured. Batches decode one by one.
+    defer_verdicts : bool, optional
+        Whether the host leaves the verdict of a verifier in this process on the device, drafts the next block behind it
+        and reads both in one copy: one wait for the device a block, escalated or not. Tokens come a block later, and
+        where the correction ends the caption, that block was in vain. The verdict is read at once where the caption
+        or the next block's length hang on it: for a block that ends in an end-of-sequence token or has no room for
+        another behind it, for streams, stopping criteria, logits processors and ``adaptive`` lengths, and for caches
+        with windows. The default, None, defers unless the drafter is on a CPU, where a read waits for nothing.
     eos_token_id : int or sequence of int, optional
         Ends a caption; by default what the models' own generation configs name.
     on_verifier_failure : {"accept", "wait", "raise"}
@@ -104,6 +111,7 @@ class UGSDConfig:
     ahead: int = 0
     branches: int = 1
     graph: bool = False
+    defer_verdicts: bool | None = None
     eos_token_id: int | Sequence[int] | None = None
     on_verifier_failure: OnVerifierFailure = "accept"
 
@@ -131,6 +139,7 @@ class UGSDConfig:
                 "expected ahead >= 1 and temperature 0 (a drawn token is no runner-up of another)"
             )
         _require(self, "graph", isinstance(self.graph, bool), "True or False")
+        _require(self, "defer_verdicts", self.defer_verdicts in (None, True, False), "True, False or None")
         if self.ahead and self.graph:
             raise ValueError(f"UGSDConfig: ahead={self.ahead} with graph=True, expected one of them")
         _require(self, "min_block", _is_int(self.min_block) and self.min_block >= 1, "an integer >= 1")

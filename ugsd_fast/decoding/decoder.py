@@ -21,6 +21,7 @@ from ugsd_fast.decoding.drafter import (
     EMPTY_BLOCK,
     Block,
     Drafter,
+    UnreadBlock,
     draft_blocks,
     draft_unread,
 )
@@ -29,7 +30,7 @@ from ugsd_fast.decoding.request import Given, Request, name_rows
 from ugsd_fast.decoding.streaming import Streamer, stream_to
 from ugsd_fast.decoding.trace import Result, StreamEvent
 from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
-from ugsd_fast.decoding.verification import VerifyCall, verify_ahead, verify_calls
+from ugsd_fast.decoding.verification import PendingVerdict, VerifyCall, read_together, verify_ahead, verify_calls
 from ugsd_fast.errors import VerifierUnavailable, attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable
@@ -254,7 +255,7 @@ class Decoder:
                 if not requests:
                     return
                 clock = time.perf_counter()
-                drafts = self._draft(requests)
+                drafts = yield from self._read_pending(requests, self._draft(requests))
                 drafted = time.perf_counter()
                 for request, draft in zip(list(requests), drafts, strict=True):
                     if isinstance(draft, Exception):
@@ -263,18 +264,43 @@ class Decoder:
                 blocks = [draft for draft in drafts if not isinstance(draft, Exception)]
                 verdicts = self._verify(requests, blocks)
                 times = {"draft_seconds": drafted - clock, "verify_seconds": time.perf_counter() - drafted}
-                outcomes = [
-                    attempt(request.settle, block, verdict, **times)
-                    for request, block, verdict in zip(requests, blocks, verdicts, strict=True)
-                ]
-                name_rows([request.given for request in requests], outcomes)
-                for request, outcome in zip(list(requests), outcomes, strict=True):
-                    yield request.given.row, outcome
-                    if isinstance(outcome, Exception) or outcome.result:
-                        self._end(request, requests)
+                settling = []
+                for request, block, verdict in zip(requests, blocks, verdicts, strict=True):
+                    if isinstance(verdict, PendingVerdict):
+                        request.defer(verdict, **times)
+                    else:
+                        settling.append((request, attempt(request.settle, block, verdict, **times)))
+                yield from self._settled(requests, settling)
         finally:
             for request in list(requests):
                 self._end(request, requests)
+
+    def _settled(
+        self, requests: list[Request], outcomes: Sequence[tuple[Request, StreamEvent | Exception]]
+    ) -> Iterator[tuple[int, StreamEvent | Exception]]:
+        name_rows([request.given for request, _ in outcomes], [outcome for _, outcome in outcomes])
+        for request, outcome in outcomes:
+            yield request.given.row, outcome
+            if isinstance(outcome, Exception) or outcome.result:
+                self._end(request, requests)
+
+    def _read_pending(
+        self, requests: list[Request], drafts: Sequence[Block | Exception]
+    ) -> Generator[tuple[int, StreamEvent | Exception], None, Sequence[Block | Exception]]:
+        """Read the verdicts that are pending with the blocks behind them; returns those of requests that go on."""
+        waiting = [request for request in requests if request.pending is not None]
+        if not waiting:
+            return drafts
+        rows = list(requests)
+        unread = cast(Sequence[UnreadBlock | Exception], drafts)
+        verdicts, blocks = read_together([cast(PendingVerdict, request.pending) for request in waiting], unread)
+        outcomes = [
+            attempt(request.settle_pending, verdict) for request, verdict in zip(waiting, verdicts, strict=True)
+        ]
+        failed = [None if new is old else new for new, old in zip(blocks, drafts, strict=True)]  # not named before
+        name_rows([request.given for request in rows], failed)
+        yield from self._settled(requests, list(zip(waiting, outcomes, strict=True)))
+        return [block for request, block in zip(rows, blocks, strict=True) if request in requests]
 
     def _draft(self, requests: Sequence[Request]) -> Sequence[Block | Exception]:
         """A block of every request, or the error that ends it; those of ordinary drafters step together."""
@@ -283,20 +309,24 @@ class Decoder:
         drafters: list[Any] = [request.drafter for request in requests]
         lengths = [request.next_length() for request in requests]
         blocks: Sequence[Block | Exception] | Exception
+        unread = any(request.pending for request in requests)
+        unread |= self.config.always_escalate and getattr(self.verifier, "reads_blocks", False)
         if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
-            unread = self.config.always_escalate and getattr(self.verifier, "reads_blocks", False)
             blocks = attempt(draft_unread if unread else draft_blocks, drafters, lengths)
         elif self._translation is not None:
             blocks = attempt(draft_translated, drafters, lengths)
         else:
-            blocks = [attempt(drafter.draft, length) for drafter, length in zip(drafters, lengths, strict=True)]
+            drafts = [one.draft_unread if unread and isinstance(one, DraftGraph) else one.draft for one in drafters]
+            blocks = [attempt(draft, length) for draft, length in zip(drafts, lengths, strict=True)]
         blocks = [blocks] * len(requests) if isinstance(blocks, Exception) else blocks
         name_rows([request.given for request in requests], blocks)
         return blocks
 
-    def _verify(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[Verdict | Exception | None]:
+    def _verify(
+        self, requests: Sequence[Request], blocks: Sequence[Block]
+    ) -> list[Verdict | PendingVerdict | Exception | None]:
         """The verifier's verdicts or errors; None where it is not asked, or failed and the draft is to stand."""
-        verdicts: list[Verdict | Exception | None] = [None] * len(requests)
+        verdicts: list[Verdict | PendingVerdict | Exception | None] = [None] * len(requests)
         pending = {
             index: VerifyCall(request.session, request.unseen, block, request.wants_bonus(block))
             for index, (request, block) in enumerate(zip(requests, blocks, strict=True))
@@ -319,11 +349,14 @@ class Decoder:
                 delay = min(2 * delay, _LONGEST_RETRY)
         return verdicts
 
-    def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> list[Verdict | Exception]:
+    def _ask(self, calls: list[VerifyCall], requests: list[Request]) -> Sequence[Verdict | PendingVerdict | Exception]:
         drafters = [request.drafter for request in requests]
         for drafter in drafters:
             if isinstance(drafter, Drafter):
                 drafter.on_escalation = None
+        launch = getattr(self.verifier, "launch", None)
+        if launch is not None and all(request.may_defer(call.block) for request, call in zip(requests, calls)):
+            return launch(calls)
         ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
         if not ahead or not all(hasattr(call.session, "submit") for call in calls):
             return verify_calls(self.verifier, calls)

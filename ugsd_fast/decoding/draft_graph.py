@@ -8,12 +8,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, block_of, draw, filter_logits, gate
+from ugsd_fast.decoding.drafter import (
+    RULES_WITH_DRAFT_LOGITS,
+    DraftBlock,
+    UnreadBlock,
+    UnreadVerdict,
+    behind_unread,
+    draw,
+    filter_logits,
+    gate,
+)
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import StaticSequence
 
 _CAPACITY_STEP = 256  # tokens: requests of about the same length share a cache
+_OF_TWO = -2  # feeds of a step that is given two tokens, one or both of which stand
 
 
 class Replayed:
@@ -77,10 +88,13 @@ class DraftGraph:
         self.capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         self._config = config
         self._last_token = model.vocab_size - 1
+        self._ends = eos_token_ids
         self._sequence = StaticSequence(model.model, self.capacity, model.family)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._fed = torch.zeros(1, 2, dtype=torch.long, device=device)  # what the next step appends: the last, or both
         self._feeds = 0  # of them; 0: the prompt comes first
+        self._new = torch.ones(1, dtype=torch.long, device=device)  # of both, how many stand behind an unread verdict
+        self._unread: UnreadVerdict | None = None
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._draws = torch.zeros(1, dtype=torch.long, device=device)
         self._tokens = torch.zeros(1, width, dtype=torch.long, device=device)
@@ -88,7 +102,7 @@ class DraftGraph:
         self._logits: Tensor | None = None  # [1, K, V], made by the first step where the rule wants them
         self._inputs: Mapping[str, Tensor] = {}
         self._drafted = 0
-        self._steps = {feeds: Replayed(partial(self._step, feeds), device) for feeds in (1, 2)}
+        self._steps = {feeds: Replayed(partial(self._step, feeds), device) for feeds in (1, 2, _OF_TWO)}
         self._gates: dict[int, Replayed] = {}
         self._device = device
 
@@ -99,19 +113,33 @@ class DraftGraph:
 
     @property
     def steps(self) -> tuple[Replayed, ...]:
-        """The draft step on one token and on two."""
+        """The draft step on one token, on two, and on as many of two as the device says."""
         return tuple(self._steps.values())
 
     def start(self, inputs: Mapping[str, Tensor]) -> DraftGraph:
         """Begin a request on prepared inputs of the edge model; the last one is forgotten."""
         self._inputs = inputs
-        self._feeds = 0
+        self._feeds, self._unread = 0, None
         self._draws.zero_()
         return self
 
-    @torch.inference_mode()
+    @property
+    def device(self) -> torch.device:
+        """Where it drafts."""
+        return self._device
+
+    @property
+    def ahead(self) -> int:
+        """Tokens drafted ahead of the last verdict."""
+        return self._drafted if self._unread else 0
+
     def draft(self, length: int) -> DraftBlock:
         """Draft `length` tokens, at most ``config.longest_block``, in as many forward passes."""
+        return self.draft_unread(length).read()
+
+    @torch.inference_mode()
+    def draft_unread(self, length: int) -> UnreadBlock:
+        """What `draft` returns, with nothing read by the host."""
         self._slot.zero_()
         if not self._feeds:
             self._take(self._sequence.prefill(self._inputs)[:, 0])
@@ -128,11 +156,17 @@ class DraftGraph:
         record = self._gates[length]()
         assert record is not None
         logits = None if self._logits is None else self._logits[:, :length].clone()
-        return block_of(record[0].tolist(), self._tokens[:, :length].clone(), logits)
+        # Drawn from nothing finite, a token is negative; a verifier cannot be fed it.
+        tokens = self._tokens[:, :length].clamp(min=0)
+        return UnreadBlock(tokens, logits, record[0].clone(), self._ends)
 
     @torch.inference_mode()
     def commit(self, num_accepted: int, next_token: int) -> None:
         """Keep `num_accepted` tokens of the last block and append `next_token` (-1: none)."""
+        if self._unread is not None:
+            self._sequence.close(self._unread.cached(num_accepted, next_token) + self._drafted - 1)
+            self._unread = None
+            return
         cached = self._drafted - 1
         if num_accepted < cached:
             self._sequence.rollback(cached - num_accepted)
@@ -141,12 +175,27 @@ class DraftGraph:
             self._fed[:, 0] = self._fed[:, 1]
             self._fed[:, 1] = min(next_token, self._last_token)
 
+    def can_commit_unread(self, length: int) -> bool:
+        """Whether a block can be drafted behind the last one before its verdict is known: always."""
+        return True
+
+    @torch.inference_mode()
+    def commit_unread(self, accepted: ops.Acceptance) -> None:
+        """Go on behind a verdict that nobody has read; see `Drafter.commit_unread`."""
+        behind = behind_unread(accepted, self._fed[:, 1], self._drafted, self._last_token)
+        self._sequence.rollback_unread(behind.rejected)
+        self._fed.copy_(behind.fed)
+        self._new.copy_(behind.new)
+        self._feeds = _OF_TWO
+        self._unread = UnreadVerdict(self._sequence.length - self._drafted + 1, self._drafted)
+
     def _run(self, feeds: int) -> None:
         self._steps[feeds]()
-        self._sequence.appended(feeds)
+        self._sequence.appended(abs(feeds))
 
     def _step(self, feeds: int) -> None:
-        self._take(self._sequence.forward(self._fed[:, 2 - feeds :])[:, 0])
+        new = self._new if feeds == _OF_TWO else None
+        self._take(self._sequence.forward(self._fed[:, -abs(feeds) :], new)[:, 0])
 
     def _take(self, z: Tensor) -> None:
         """Draw from the logits `z` [1, V], note token and entropy in the next slot, and feed the token."""

@@ -6,8 +6,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ugsd_fast import ops
 from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import ModelError, attempt
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -124,6 +125,59 @@ class UnreadBlock:
 
 Block = DraftBlock | UnreadBlock
 
+
+@dataclass(frozen=True, slots=True)
+class UnreadVerdict:
+    """A block whose verdict the host has not read yet.
+
+    Attributes
+    ----------
+    base : int
+        Tokens that were in the drafter's cache before it.
+    drafted : int
+        Its tokens; all but the last came into the cache while it was drafted.
+    """
+
+    base: int
+    drafted: int
+
+    def cached(self, num_accepted: int, next_token: int) -> int:
+        """Tokens in the cache once the next forward has been given what follows it, by the verdict."""
+        at_once = self.drafted - 1
+        return self.base + min(num_accepted, at_once) + 1 + (num_accepted > at_once and next_token >= 0)
+
+
+class Behind(NamedTuple):
+    """What a drafter has to do to go on behind a verdict that only the device knows.
+
+    Attributes
+    ----------
+    rejected : LongTensor[1]
+        Cached tokens to forget.
+    fed : LongTensor[1, 2]
+        For the next forward: the last draft token and its successor where the block stands whole and has one, or else
+        the one token that follows and any other, which is to be forgotten.
+    new : LongTensor[1]
+        How many of these stand.
+    """
+
+    rejected: Tensor
+    fed: Tensor
+    new: Tensor
+
+
+def behind_unread(accepted: ops.Acceptance, last: Tensor, drafted: int, last_token: int) -> Behind:
+    """How to go on behind the verdict (of a batch of one) on `drafted` tokens, the newest of which, [1], is `last`."""
+    num_accepted, following = accepted.num_accepted.to(last.device), accepted.next_token.to(last.device)
+    whole = num_accepted == drafted
+    fed = following.clamp(0, last_token)
+    return Behind(
+        rejected=(drafted - 1 - num_accepted).clamp(min=0),
+        fed=torch.stack([torch.where(whole, last, fed), fed], 1),
+        new=1 + (whole & (following >= 0)),
+    )
+
+
 # What a verifier that decodes alone is given to judge.
 EMPTY_BLOCK = DraftBlock(torch.zeros(1, 0, dtype=torch.long), None, (), (), 0.0, True)
 
@@ -170,8 +224,8 @@ class Drafter:
         self.pending = torch.zeros(1, 0, dtype=torch.long, device=device)  # final, but not in the cache yet
         self.drafted = 0  # length of the block in flight; all but the last token drafted are in the cache
         self.draws = 0
-        self._rejections = 0
-        self._shared_draws = 0  # below, draws were counted for several requests together
+        self._origin = 0  # the draw of the caption's first token, with `config.ahead`: draws count with positions
+        self._shared_draws = 0  # draws below may be other requests'
         self.buffer: list[DraftBlock] = []  # tokens behind the block in flight, drafted ahead of its verdict
         self._forks: dict[tuple[int, int], Drafter] = {}  # by tokens that stand from the block's first on, and the next
         self._flying: Block | None = None  # that was looked at for forks
@@ -179,10 +233,17 @@ class Drafter:
         self.ends = eos_token_ids
         self._final = 0
         self.processed = processed
+        self._unread: UnreadVerdict | None = None
+        self._new: Tensor | None = None  # [1]: how many of two pending tokens stand, where only the device knows it
         self.stops: Stops | None = block_length(config, watches=False).stops  # whether its entropies end a block
         self.on_escalation: Callable[[], None] | None = None
         self.last_token = vocab_size - 1
         self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where it drafts."""
+        return self._device
 
     @property
     def forwards(self) -> int:
@@ -211,7 +272,7 @@ class Drafter:
             count += 1
         steps = self.buffer[:count]
         tokens = torch.cat([step.tokens for step in steps], 1)
-        entropy = torch.tensor([[step.entropy[0] for step in steps]], device=self._device)
+        entropy = on_device([[step.entropy[0] for step in steps]], self._device)
         kept = [step.logits for step in steps if step.logits is not None]
         record = gate(tokens, entropy, self.config, self.eos)[0].tolist()
         rivals = [step.rivals for step in steps if step.rivals is not None]
@@ -259,8 +320,8 @@ class Drafter:
 
     @property
     def ahead(self) -> int:
-        """Tokens drafted ahead."""
-        return sum(len(line.buffer) for line in self._tree())
+        """Tokens drafted ahead of the last verdict."""
+        return self.drafted if self._unread else sum(len(line.buffer) for line in self._tree())
 
     def give_up(self, line: Drafter, error: Exception) -> None:
         """Drop a fork that cannot go on; raise the error of this drafter itself."""
@@ -271,6 +332,8 @@ class Drafter:
 
     def wasted(self, num_accepted: int, next_token: int) -> int:
         """How many tokens drafted ahead `commit` would throw away."""
+        if self._unread is not None:
+            return 0  # it was drafted behind this very verdict
         fork = self._forks.get((num_accepted, next_token))
         if fork is not None:
             return self.ahead - fork.ahead
@@ -285,6 +348,10 @@ class Drafter:
 
         What was drafted ahead stays if that is what it was drafted for, and is taken back otherwise.
         """
+        if self._unread is not None:
+            self.sequence.close(self._unread.cached(num_accepted, next_token) + self.drafted - 1)
+            self._unread = None
+            return
         forks, self._forks = self._forks, {}
         self._flying = None
         fork = forks.get((num_accepted, next_token))
@@ -294,7 +361,9 @@ class Drafter:
             return
         stand = num_accepted + (next_token >= 0)
         self._final += stand
-        self._rejections += num_accepted < self.drafted
+        if num_accepted < self.drafted:
+            # How much of a block was accepted may have hung on the draws that are thrown away: new ones follow.
+            self._origin = ((self.draws >> 32) + 1) << 32
         if self.buffer and self._foreseen(num_accepted, next_token):
             self._forks = {(at - stand, token): fork for (at, token), fork in forks.items() if at >= stand}
             self._drop(stand - self.drafted)
@@ -305,9 +374,23 @@ class Drafter:
         self._settle(num_accepted, next_token)
         self.drafted = 0
         if self.config.ahead:
-            # The draws of a position do not depend on when verdicts came. Behind a rejection they are new ones: how
-            # much of a block was accepted may have hung on those that are thrown away.
-            self.draws = max((self._rejections << 32) + self._final, self._shared_draws)
+            # The draws of a request that is alone do not depend on when verdicts came.
+            self._origin = max(self._origin, self._shared_draws - self._final)
+            self.draws = self._origin + self._final
+
+    def can_commit_unread(self, length: int) -> bool:
+        """Whether a block of `length` tokens can be drafted behind the last one before its verdict is known."""
+        if not isinstance(self.sequence, CachedSequence) or not self.sequence.can_be_open or self.processed is not None:
+            return False
+        return attempt(self.sequence.check_room, length + 1) is None
+
+    @torch.inference_mode()
+    def commit_unread(self, accepted: ops.Acceptance) -> None:
+        """Go on behind a verdict that nobody has read; `commit` follows when it is known, behind the next block."""
+        behind = behind_unread(accepted, self.pending[0], self.drafted, self.last_token)
+        self._unread = UnreadVerdict(self.sequence.length - self.drafted + 1, self.drafted)
+        self.sequence.rollback_unread(behind.rejected)
+        self.pending, self._new = behind.fed, behind.new
 
     def _fork(self, position: int, token: int) -> Drafter:
         """One that goes on as if `position` tokens of the block in flight, or behind it, stood and `token` followed."""
@@ -371,7 +454,7 @@ class Drafter:
         if self.processed is not None:
             self.processed.truncate(self.processed.length - self.drafted + num_accepted)
             if next_token >= 0:
-                self.processed.append(torch.tensor([[next_token]], device=self._device))
+                self.processed.append(on_device([[next_token]], self._device))
         kept = self.pending[:, : num_accepted - cached] if num_accepted > cached else self.pending[:, :0]
         if next_token >= 0:
             fed = torch.full((1, 1), min(next_token, self.last_token), dtype=torch.long, device=self._device)
@@ -426,7 +509,7 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
         if tokens:
             _foretell(drafters, tokens, entropies)
         at = drafters if len(active) == rows else [drafters[row] for row in active]
-        z = forward_packed([one.sequence for one in at], [one.pending for one in at], [1] * len(at))  # [rows, V]
+        z = _forward(at)
         if at[0].processed is not None:
             rows_of_z = zip(at, z.split(1), strict=True)
             z = torch.cat([one.processed.scores(own) for one, own in rows_of_z if one.processed is not None])
@@ -451,7 +534,7 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
                 if stops is not None and stops(seen[row], clock - before):
                     lengths[row] = step + 1
         if len(active) < rows:
-            where = torch.tensor(active, device=device)
+            where = on_device(active, device)
             token = token.new_zeros(rows).index_copy_(0, where, token)
             entropy = entropy.new_zeros(rows).index_copy_(0, where, entropy)
         tokens.append(token)
@@ -465,7 +548,7 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
         if rows > 1:
             drafter._shared_draws = drafter.draws
     drafted, entropy = torch.stack(tokens, 1), torch.stack(entropies, 1)  # [rows, K]
-    ends = None if min(lengths) == drafted.shape[1] else torch.tensor(lengths, device=device)
+    ends = None if min(lengths) == drafted.shape[1] else on_device(lengths, device)
     records: Any = gate(drafted, entropy, config, drafters[0].eos, ends)
     kept = [torch.stack(own, 1) if own else None for own in logits]
     if not read:
@@ -485,6 +568,23 @@ def _draft(drafters: Sequence[Drafter], lengths: Sequence[int], *, read: bool) -
         )
         for row, (record, length) in enumerate(zip(records, lengths, strict=True))
     ]
+
+
+def _forward(drafters: Sequence[Drafter]) -> Tensor:
+    """Append what is pending of each request; the logits [rows, V] behind it."""
+    keep = [1 if one._new is None else 2 for one in drafters]
+    z = forward_packed([one.sequence for one in drafters], [one.pending for one in drafters], keep)
+    if max(keep) == 1:
+        return z
+    rows = []
+    for one, first in zip(drafters, accumulate(keep, initial=0), strict=False):
+        if one._new is None:
+            rows.append(torch.full((1,), first, device=z.device))
+        else:
+            rows.append(one._new + (first - 1))
+            one.sequence.rollback_unread(2 - one._new)
+            one._new = None
+    return z.index_select(0, torch.cat(rows))
 
 
 def _foretell(drafters: Sequence[Drafter], tokens: list[Tensor], entropies: list[Tensor]) -> None:

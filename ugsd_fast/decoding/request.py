@@ -20,6 +20,7 @@ from ugsd_fast.decoding.translation import TranslatingDrafter
 from ugsd_fast.errors import ModelError
 
 if TYPE_CHECKING:
+    from ugsd_fast.decoding.verification import PendingVerdict
     from ugsd_fast.verifier.base import Verdict, VerifierSession
 
 
@@ -116,6 +117,7 @@ class Request:
         self.unseen: list[int] = []  # final tokens that the verifier does not know yet
         self.tokens: list[int] = []
         self.result: Result | None = None  # once the caption has ended
+        self.pending: PendingVerdict | None = None  # on the last block, which the next is drafted behind
         self._config = config
         self._eos = eos_token_ids
         self._started = started
@@ -124,6 +126,12 @@ class Request:
         self._length: BlockLength = block_length(config, costs, watches=isinstance(drafter, Drafter))
         if isinstance(drafter, Drafter):
             drafter.stops = self._length.stops
+        late = config.defer_verdicts
+        if late is None:
+            late = isinstance(drafter, Drafter | DraftGraph) and drafter.device.type != "cpu"
+        fixed = config.adaptive == "fixed" and not config.always_escalate
+        self._defers = late and fixed and not given.streams and stopping is None
+        self._pending_times: dict[str, float] = {}
         self._trace = Trace()
         self._text = IncrementalText(decode)
 
@@ -147,6 +155,32 @@ class Request:
         # Where an unread block ends is for its verifier to see.
         ended = isinstance(block, DraftBlock) and block.token_ids[-1] in self._eos
         return self._config.appends_bonus and block.width < self.room and not ended
+
+    def may_defer(self, block: Block) -> bool:
+        """Whether the next block can be drafted before the verdict on this one is read.
+
+        It can where the caption surely goes on, and by a block that is as long whatever becomes of this one.
+        """
+        return (
+            self._defers
+            and isinstance(self.drafter, Drafter | DraftGraph)
+            and self.room - len(block) - self._config.appends_bonus >= self._config.block_size
+            and block.token_ids[-1] not in self._eos
+            and self.drafter.can_commit_unread(self._config.block_size)
+        )
+
+    def defer(self, pending: PendingVerdict, *, draft_seconds: float, verify_seconds: float) -> None:
+        """Go on behind a verdict that nobody has read; `settle_pending` takes it."""
+        assert isinstance(self.drafter, Drafter | DraftGraph)
+        self.drafter.commit_unread(pending.accepted)
+        self.pending = pending
+        self._pending_times = {"draft_seconds": draft_seconds, "verify_seconds": verify_seconds}
+
+    def settle_pending(self, verdict: Verdict | Exception) -> StreamEvent:
+        """Take the outcome of the block whose verdict was pending."""
+        assert self.pending is not None
+        block, self.pending = self.pending.block, None
+        return self.settle(block, verdict, **self._pending_times)
 
     def settle(
         self,
@@ -177,8 +211,10 @@ class Request:
             emitted, num_accepted = emitted[:kept], min(num_accepted, kept)
         last = stopped or len(emitted) >= self.room or emitted[-1] in self._eos
         wasted = 0
-        if isinstance(self.drafter, Drafter):
-            wasted = self.drafter.ahead if last else self.drafter.wasted(num_accepted, next_token)
+        if last and isinstance(self.drafter, Drafter | DraftGraph):
+            wasted = self.drafter.ahead
+        elif isinstance(self.drafter, Drafter):
+            wasted = self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
             draft_tokens=block.token_ids,

@@ -29,6 +29,7 @@ from ugsd_fast import ops
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, Drafter, draft_blocks
 from ugsd_fast.decoding.vocabulary import check_vocabularies
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import VocabularyMismatchError
 from ugsd_fast.models import AudioLM
 
@@ -359,7 +360,7 @@ class TranslatingDrafter:
             )
             uncertainty, escalate = float(measured), bool(certain)
         return DraftBlock(
-            tokens=torch.tensor([tokens], dtype=torch.long, device=device),
+            tokens=on_device([tokens], device, torch.long),
             logits=None,
             token_ids=tuple(tokens),
             entropy=tuple(entropy),
@@ -459,7 +460,7 @@ class TranslatingDrafter:
 
     def _feed(self, ids: Sequence[int]) -> None:
         tokens = [min(token, self.drafter.last_token) for token in ids]
-        self.drafter.pending = torch.tensor([tokens], dtype=torch.long, device=self.drafter.pending.device)
+        self.drafter.pending = on_device([tokens], self.drafter.pending.device, torch.long)
 
 
 def draft_translated(drafters: Sequence[TranslatingDrafter], lengths: Sequence[int]) -> list[DraftBlock | Exception]:

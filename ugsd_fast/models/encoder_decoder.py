@@ -59,10 +59,10 @@ class EncoderDecoderSequence(CachedSequence):
         self.check_room(ids.shape[1])
         if self._heard is None:
             self._heard = self.model.get_encoder()(**self._prompt)
-        positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)
+        positions = self.positions(ids)
         with last_logits(self.model, keep if first else 0) as extra:
             logits = self.model(
-                **self.step_kwargs(ids, positions.expand(ids.shape[0], -1), None),
+                **self.step_kwargs(ids, positions, self.mask_of(positions)),
                 past_key_values=self.cache,
                 use_cache=True,
                 **extra,

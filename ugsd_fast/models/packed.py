@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
 from ugsd_fast.cache.growing import self_attention
+from ugsd_fast.device import on_device
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
 from ugsd_fast.ops.backend import extension
 
@@ -106,20 +107,21 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
         name: torch.cat([prompt[name] for prompt in prompts]) if isinstance(value, Tensor) else value
         for name, value in prompts[0].items()
     }
-    starts = [sequence.length for sequence in sequences]
-    spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
-    positions = torch.tensor([[position for span in spans for position in span]]).to(ids.device, non_blocking=True)
+    positions, masks = _positions(sequences, parts)
     wanted: Tensor | None = None
     if sum(keep) < ids.shape[1]:
         ends = list(accumulate(counts))
-        wanted = torch.tensor([at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)])
-        wanted = wanted.to(ids.device, non_blocking=True)
+        wanted = on_device(
+            [at for end, kept in zip(ends, keep, strict=True) for at in range(end - kept, end)], ids.device
+        )
     caches: list[Any] = [sequence.cache for sequence in sequences]
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of 4 dimensions: models leave it alone
     arguments = {**first.step_kwargs(ids, positions, no_mask), **first.hear(sequences, audio)}
     text = first.text_part()
     with _intercepted(model) as attention:
-        cache: Cache = PackedCache([self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention])
+        cache: Cache = PackedCache(
+            [self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention], masks
+        )
         if isinstance(caches[0], EncoderDecoderCache):
             cache = _PackedEncoderDecoderCache(cache, caches, counts)
         if text is not None:
@@ -132,11 +134,29 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
     return logits
 
 
+def _positions(sequences: Sequence[CachedSequence], parts: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor | None]]:
+    """Positions [1, N] of a packed row, and the masks of those sequences whose end only the device knows."""
+    device = parts[0].device
+    if all(sequence.end is None for sequence in sequences):
+        spans = [
+            range(sequence.length, sequence.length + part.shape[1])
+            for sequence, part in zip(sequences, parts, strict=True)
+        ]
+        return on_device([[position for span in spans for position in span]], device), {}
+    positions = [sequence.positions(part) for sequence, part in zip(sequences, parts, strict=True)]
+    masks = {
+        row: sequence.mask_of(own)
+        for row, (sequence, own) in enumerate(zip(sequences, positions, strict=True))
+        if sequence.end is not None
+    }
+    return torch.cat(positions, 1), masks
+
+
 class Ragged:
     """Keys or values of several requests, which go through a model's attention module as if they were one tensor."""
 
     def __init__(
-        self, parts: Sequence[Tensor], counts: Sequence[int], mask_of: Callable[[int, int], Tensor | None] | None
+        self, parts: Sequence[Tensor], counts: Sequence[int], mask_of: Callable[[int, int, int], Tensor | None] | None
     ):
         self.parts = parts  # [1, H, T, D] each
         self.counts = counts  # queries of each
@@ -174,13 +194,18 @@ class PackedCache(Cache):
         New tokens of each in the packed row.
     mask : {"bool", "float", None}
         What the attention implementation takes; None where it is causal by itself.
+    masks : mapping of int to Tensor[1, 1, q, T]
+        Of requests whose end only the device knows.
     """
 
-    def __init__(self, caches: Sequence[Any], counts: Sequence[int], mask: str | None):
+    def __init__(
+        self, caches: Sequence[Any], counts: Sequence[int], mask: str | None, masks: Mapping[int, Tensor | None]
+    ):
         super().__init__(layers=caches[0].layers)
         self._caches = caches
         self._counts = list(counts)
         self._mask = mask
+        self._open = masks
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -210,6 +235,7 @@ class PackedCache(Cache):
         return (
             extension is not None
             and self._mask == "bool"
+            and not self._open
             and max(self._counts) <= _FEW
             and not layer.is_sliding
             and key_states.dtype is value_states.dtype is torch.float32
@@ -217,8 +243,10 @@ class PackedCache(Cache):
             and key_states.stride(3) == value_states.stride(3) == 1
         )
 
-    def _mask_of(self, window: int | None, like: Tensor, count: int, slots: int) -> Tensor | None:
+    def _mask_of(self, window: int | None, like: Tensor, row: int, count: int, slots: int) -> Tensor | None:
         """The mask [1, 1, q, T] of a request's `count` queries over `slots` keys, the newest being its own."""
+        if row in self._open:
+            return self._open[row]
         shape = (count, slots, window)
         if shape not in self._masks:
             mask = None
@@ -330,8 +358,10 @@ def _attend(inner: Any, module: Any, query: Tensor, key: Any, value: Any, attent
     elif kwargs.get("is_causal") is not None:
         kwargs["is_causal"] = None
     outputs = [
-        inner(module, own, keys, values, key.mask_of and key.mask_of(count, keys.shape[2]), **kwargs)[0]
-        for own, keys, values, count in zip(query.split(key.counts, 2), key.parts, value.parts, key.counts, strict=True)
+        inner(module, own, keys, values, key.mask_of and key.mask_of(row, count, keys.shape[2]), **kwargs)[0]
+        for row, (own, keys, values, count) in enumerate(
+            zip(query.split(key.counts, 2), key.parts, value.parts, key.counts, strict=True)
+        )
     ]
     return torch.cat(outputs, 1), None
 

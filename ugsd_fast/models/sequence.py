@@ -16,7 +16,7 @@ from transformers import Cache
 
 from ugsd_fast.cache import GrowingCache, enable_rollback, new_cache, rollback
 from ugsd_fast.cache.attention import attention_of
-from ugsd_fast.cache.growing import self_attention
+from ugsd_fast.cache.growing import OpenEnd, self_attention
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.families import Family
 from ugsd_fast.models.text_part import TextPart, text_part
@@ -52,6 +52,8 @@ class CachedSequence:
         Tokens in the cache, prompt included.
     forwards : int
         Forward passes so far.
+    end : OpenEnd or None
+        Where its tokens end, while only the device knows it; `length` is an upper bound then.
 
     Notes
     -----
@@ -60,6 +62,7 @@ class CachedSequence:
     """
 
     _text_alone = False
+    end: OpenEnd | None = None
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], family: Family | None = None):
         self.model = model
@@ -105,12 +108,13 @@ class CachedSequence:
         if self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, self.length + ids.shape[1] - self._mask.shape[1]), value=1)
         self.check_room(ids.shape[1])
-        mask = torch.ones_like(ids) if first and self._mask is None else self._mask
+        positions = self.positions(ids)
+        mask = torch.ones_like(ids) if first and self._mask is None else self.mask_of(positions)
         # Of several positions, by their indices: Gemma 4 counts on its attention's name where it is given their number.
         wanted = (
             torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device) if first and keep > 1 else int(first)
         )
-        arguments = self.step_kwargs(ids, self._position_ids(ids), mask)
+        arguments = self.step_kwargs(ids, positions, mask)
         text = self.text_part()
         if text is not None:
             logits = text(arguments, self.cache)
@@ -134,6 +138,49 @@ class CachedSequence:
         self.length -= rejected
         if self._mask is not None:
             self._mask = self._mask[:, : self.length]
+
+    @torch.inference_mode()
+    def rollback_unread(self, rejected: Tensor) -> None:
+        """Forget the newest tokens, of which only the device knows how many: `rejected`, LongTensor[1].
+
+        Nothing is read. Until `close` tells the number, `length` is an upper bound, and forwards go on behind the
+        tokens that there are.
+        """
+        own = self_attention(self.cache)
+        assert isinstance(own, GrowingCache)
+        self.end = own.rollback_unread(rejected)
+
+    def close(self, length: int) -> None:
+        """Say how many tokens there are since `rollback_unread`."""
+        own = self_attention(self.cache)
+        assert isinstance(own, GrowingCache)
+        own.close(length)
+        self.length, self.end = length, None
+
+    @property
+    def can_be_open(self) -> bool:
+        """Whether `rollback_unread` can be: a cache that allows it, and attention that takes a mask."""
+        own = self_attention(self.cache)
+        return self._packs and isinstance(own, GrowingCache) and own.can_be_open and self._mask_kind is not None
+
+    def mask_of(self, positions: Tensor) -> Tensor | None:
+        """What the next forward's tokens at `positions` [B, q] may see, None where that follows from their places.
+
+        Of prompts with padding [B, T]; where only the device knows the end [1, 1, q, T], as attention takes it.
+        """
+        if self.end is None:
+            return self._mask
+        columns = torch.arange(self.length + positions.shape[1], device=positions.device)
+        seen = columns <= positions[0, :, None]
+        if self._mask_kind == "float":
+            dtype = self.model.dtype
+            zero = torch.zeros((), dtype=dtype, device=positions.device)
+            return torch.where(seen, zero, torch.finfo(dtype).min)[None, None]
+        return seen[None, None]
+
+    @property
+    def _mask_kind(self) -> str | None:
+        return PACKABLE_ATTENTION.get(attention_of(self.model.config.get_text_config(decoder=True)))
 
     def pack_key(self, tokens: Tensor) -> Hashable:
         """Sequences with equal keys can append their tokens in one forward; None where this one takes its own."""
@@ -201,6 +248,8 @@ class CachedSequence:
         if not self.length:
             self._prompt.clear()
             enable_rollback(self.cache)
+        if self.end is not None:
+            self.end.length = self.end.length + count
         self.length += count
         self.forwards += 1
 
@@ -208,7 +257,10 @@ class CachedSequence:
         if self._toggles_adapter and getattr(self.model, "_hf_peft_config_loaded", False):
             (self.model.enable_adapters if self._hears else self.model.disable_adapters)()
 
-    def _position_ids(self, ids: Tensor) -> Tensor:
+    def positions(self, ids: Tensor) -> Tensor:
+        """Positions [B, q] of the tokens that the next forward appends."""
+        if self.end is not None:
+            return self.end.begin(ids.shape[1])[None]
         if self._mask is not None:
             return (self._mask.cumsum(-1) - 1).clamp_(min=0)[:, self.length :]
         positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)

@@ -97,9 +97,10 @@ class StaticSequence:
         self.length, self.forwards = ids.shape[1], 1
         return logits[:, -1:]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, new: Tensor | None = None) -> Tensor:
         """Append tokens [1, q] and return the logits [1, 1, V] of the last: device work only, fit for a graph.
 
+        Given `new`, LongTensor[1], only so many of them are to stand, and the logits are those of the last that does.
         Whoever calls or replays it says so by `appended`.
         """
         # Left to itself, transformers reads the cache's length on the host to choose a mask for two tokens.
@@ -107,7 +108,11 @@ class StaticSequence:
         seen = columns <= (self._position + torch.arange(tokens.shape[1], device=tokens.device)).mT  # [q, capacity]
         zero = torch.zeros((), dtype=self._model.dtype, device=tokens.device)
         mask = torch.where(seen, zero, torch.finfo(self._model.dtype).min)[None, None]
-        return self._forward(tokens, attention_mask=mask)[:, -1:]
+        logits = self._forward(tokens, attention_mask=mask)
+        if new is None:
+            return logits[:, -1:]
+        self.rollback_unread(tokens.shape[1] - new)
+        return logits.index_select(1, new - 1)
 
     def appended(self, count: int) -> None:
         """Count one forward pass over `count` tokens."""
@@ -116,10 +121,21 @@ class StaticSequence:
 
     def rollback(self, rejected: int) -> None:
         """Forget the newest `rejected` tokens: counters go back, nothing moves."""
+        self._go_back(rejected)
+        self.length -= rejected
+
+    def rollback_unread(self, rejected: Tensor) -> None:
+        """Forget the newest tokens, LongTensor[1], of which only the device knows how many; `close` sets `length`."""
+        self._go_back(rejected[0])
+
+    def close(self, length: int) -> None:
+        """Say how many tokens there are since `rollback_unread`."""
+        self.length = length
+
+    def _go_back(self, rejected: int | Tensor) -> None:
         for layer in self._cache.layers:
             layer.cumulative_length.sub_(rejected)
         self._position.sub_(rejected)
-        self.length -= rejected
 
     def _forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         steps = torch.arange(tokens.shape[1], device=tokens.device)

@@ -21,7 +21,7 @@ _EXPIRE_EVERY = 5.0  # seconds
 
 
 def create_app(hub: Hub, tokens: Tokens | None = None, *, tokenizer: bytes | None = None) -> FastAPI:
-    """The application around a `Hub`.
+    """The application around a `Hub`, whose backend it closes when it ends.
 
     Parameters
     ----------
@@ -46,6 +46,7 @@ def create_app(hub: Hub, tokens: Tokens | None = None, *, tokenizer: bytes | Non
         task = asyncio.create_task(expire())
         yield
         task.cancel()
+        await asyncio.to_thread(hub.backend.close)  # a forward in flight is waited for
 
     app = FastAPI(
         title="ugsd-fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None

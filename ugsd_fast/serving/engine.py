@@ -250,8 +250,8 @@ class ModelBackend:
 
     def close(self) -> None:
         """Stop the model's threads."""
-        self._preparing.shutdown()
         self._scheduler.close()
+        self._preparing.shutdown(cancel_futures=True)
 
 
 class BatchJudge:

@@ -85,7 +85,7 @@ class StagedSequence(CachedSequence):
             logits = self.model(
                 inputs_embeds=piece,
                 attention_mask=torch.ones(1, self.length + piece.shape[1], dtype=torch.long, device=piece.device),
-                position_ids=self._position_ids(piece[..., 0]),
+                position_ids=self.positions(piece[..., 0]),
                 past_key_values=self.cache,
                 use_cache=True,
                 **extra,

@@ -17,6 +17,7 @@ from ugsd_fast.serving.sessions import Call, Judged, Refusal
 
 _LEAST_PIECE = 16  # positions that a piece counts for at least: a forward has a cost of its own
 _ACTIVE = 0.5  # seconds since a session's last block within which the next one is waited for
+_GONE, _CLOSED = "the session has ended", "the server is closing"
 _log = logging.getLogger(__name__)
 
 
@@ -110,10 +111,12 @@ class Scheduler:
         Raises
         ------
         Refusal
-            If its prompt alone takes more memory than there is for all sessions.
+            If its prompt alone takes more memory than there is for all sessions, or the scheduler is closed.
         """
         self._check_fits(state)
         with self._changed:
+            if self._closed:
+                raise _ended(_CLOSED)
             self._states[id(state)] = state
             self._want_prompt(state)
 
@@ -122,7 +125,7 @@ class Scheduler:
         self._check_fits(state, call)
         with self._changed:
             if self._closed or id(state) not in self._states:
-                raise Refusal("unknown_session", "the session has ended")
+                raise _ended(_CLOSED if self._closed else _GONE)
             if len(self._jobs) >= self._limits.max_waiting:
                 message = f"{len(self._jobs)} blocks are waiting"
                 raise Refusal("busy", message, retry_after=self._limits.retry_after)
@@ -136,22 +139,27 @@ class Scheduler:
     def remove(self, state: Schedulable) -> None:
         """End a session; blocks of it that wait are dropped."""
         with self._changed:
-            self._states.pop(id(state), None)
-            if state in self._prompts:
-                self._prompts.remove(state)
-            if id(state) not in self._computed:
-                self._forget(state)
-            self._fail(state, Refusal("unknown_session", "the session has ended"))
+            self._end(state, _GONE)
             self._changed.notify()  # of those left, all may be waiting
 
     def close(self) -> None:
-        """Stop the threads."""
+        """End all sessions and stop the threads: a forward in flight is the last, and what waits is refused at once."""
         with self._changed:
             self._closed = True
+            for state in list(self._states.values()):
+                self._end(state, _CLOSED)
             self._changed.notify()
             self._prompt_wanted.notify()
         for thread in self._threads:
             thread.join()
+
+    def _end(self, state: Schedulable, why: str) -> None:
+        self._states.pop(id(state), None)
+        if state in self._prompts:
+            self._prompts.remove(state)
+        if id(state) not in self._computed:
+            self._forget(state)
+        self._fail(state, _ended(why))
 
     def _run(self, turn: Callable[[], None]) -> None:
         while not self._closed:
@@ -245,7 +253,7 @@ class Scheduler:
                 self._jobs.appendleft(job)
                 self._want_prompt(job.state)
             else:
-                job.fail(Refusal("unknown_session", "the session has ended"))
+                job.fail(_ended(_CLOSED if self._closed else _GONE))
 
     def _prefill_some(self) -> None:
         """One turn of prompts, or a wait for some."""
@@ -352,6 +360,11 @@ def _log_failure(what: str, error: Exception) -> None:
     """Log where something failed; not the message, which may quote what nobody else is to read."""
     where = "".join(traceback.format_tb(error.__traceback__))
     _log.error("%s failed with %s:\n%s", what, type(error).__name__, where)
+
+
+def _ended(why: str) -> Refusal:
+    """What has a client open its session anew, perhaps at another server."""
+    return Refusal("unknown_session", why)
 
 
 def _failed(error: Exception) -> Refusal:

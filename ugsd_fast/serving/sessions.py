@@ -85,6 +85,9 @@ class Backend(Protocol):
     def release(self, state: Any) -> None:
         """Free a session's state."""
 
+    def close(self) -> None:
+        """End them all; whoever waits is refused. What is asked for later is, too."""
+
 
 @dataclass
 class _Reply:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,8 @@ from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, Block, UnreadBlock, filter_logits
 from ugsd_fast.decoding.processors import Processed
 from ugsd_fast.decoding.trace import Traffic
-from ugsd_fast.decoding.verification import VerifyCall
+from ugsd_fast.decoding.verification import PendingVerdict, VerifyCall, read_together
+from ugsd_fast.device import on_device
 from ugsd_fast.errors import attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.packed import forward_packed
@@ -87,12 +87,20 @@ class LocalVerifier:
             Sessions at their first block share a forward where their audio has one shape, all others share another, and
             the verdicts come to the host in one copy.
         """
+        return read_together(self.launch(calls), [])[0]
+
+    @torch.inference_mode()
+    def launch(self, calls: Sequence[VerifyCall]) -> list[PendingVerdict | Exception]:
+        """What `verify_batch` does, without a look at the verdicts: the host goes on, and reads them when it likes.
+
+        A session whose verdict is pending can do nothing else before it was read.
+        """
         ready = [attempt(call.session.check_room, call.committed, call.block) for call in calls]
         able = [call for call, error in zip(calls, ready, strict=True) if error is None]
-        verdicts = iter(self._verify_together(able) if able else [])
-        return [next(verdicts) if error is None else error for error in ready]
+        pending = iter(self._launch(able) if able else [])
+        return [next(pending) if error is None else error for error in ready]
 
-    def _verify_together(self, calls: Sequence[VerifyCall]) -> list[Verdict | Exception]:
+    def _launch(self, calls: Sequence[VerifyCall]) -> list[PendingVerdict]:
         sessions: list[LocalSession] = [call.session for call in calls]
         feeds = [session.feed(call.committed, call.block) for session, call in zip(sessions, calls, strict=True)]
         asked = [index for index, feed in enumerate(feeds) if feed.keep]
@@ -106,12 +114,9 @@ class LocalVerifier:
             session.accept(call.block, feed, logits.get(index), bonus=call.bonus)
             for index, (session, call, feed) in enumerate(zip(sessions, calls, feeds, strict=True))
         ]
-        notes = [_notes(call.block, one) for call, one in zip(calls, accepted, strict=True)]
-        host = torch.cat(notes).tolist()
-        starts = accumulate((len(note) for note in notes), initial=0)
         return [
-            attempt(session.settle, call.block, host[start : start + len(note)])
-            for session, call, note, start in zip(sessions, calls, notes, starts)
+            PendingVerdict(session, call.block, one)
+            for session, call, one in zip(sessions, calls, accepted, strict=True)
         ]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -189,8 +194,7 @@ class LocalSession:
         """Judge a block in one forward pass; see `VerifierSession.verify`."""
         feed = self.feed(committed, block)
         logits = self.sequence.forward(feed.tokens, keep=feed.keep) if feed.keep else None
-        accepted = self.accept(block, feed, logits, bonus=bonus)
-        return self.settle(block, _notes(block, accepted).tolist())
+        return PendingVerdict(self, block, self.accept(block, feed, logits, bonus=bonus)).read()
 
     def close(self) -> None:
         """Free the cache."""
@@ -213,10 +217,10 @@ class LocalSession:
         """What the next forward has to append to judge a block."""
         pending = [*self._pending, *committed]
         if self._processed is not None and committed:
-            self._processed.append(torch.tensor([list(committed)], device=self._device))
+            self._processed.append(on_device([list(committed)], self._device))
         fed = block.tokens.to(self._device)
         if pending:
-            fed = torch.cat([torch.tensor([pending], dtype=torch.long, device=self._device), fed], dim=1)
+            fed = torch.cat([on_device([pending], self._device), fed], dim=1)
         known = self._next_logits is not None and not pending
         # Ids beyond the vocabulary cannot be embedded; `accept_block` rejects them, and the rollback forgets them.
         return Feed(fed.clamp(max=self._vocab_size - 1), block.width + (not known))
@@ -273,7 +277,7 @@ class LocalSession:
         next_token = [following] if following >= 0 else []
         final = [*block.token_ids[:num_accepted], *next_token]
         if self._processed is not None:
-            self._processed.append(torch.tensor([final], dtype=torch.long, device=self._device))
+            self._processed.append(on_device([final], self._device, torch.long))
         if self.judgements is not None:
             for rows in (self.judgements.logits, self.judgements.scores):
                 rows[-1] = rows[-1][: len(final)]
@@ -281,12 +285,6 @@ class LocalSession:
         self._next_logits = None if next_token else self._last_logits
         self._last_logits = None
         return Verdict(num_accepted, following)
-
-
-def _notes(block: Block, accepted: ops.Acceptance) -> Tensor:
-    """What the host has to know of a verification, one copy: the verdict, and the block where nobody has read it."""
-    verdict = torch.cat([accepted.num_accepted, accepted.next_token]).double()  # which holds token ids exactly
-    return torch.cat([verdict, block.record.to(verdict.device)]) if isinstance(block, UnreadBlock) else verdict
 
 
 def _unread_length(block: Block, device: torch.device) -> Tensor | None:
