@@ -318,8 +318,11 @@ class _KeepingVerifier(LocalVerifier):
         held = [self_attention(row.cache) for row in rows]
         _move(held, self_attention(cache), width)
         if isinstance(cache, EncoderDecoderCache):
+            masks = [row.heard_mask for row in rows]  # type: ignore[attr-defined]
             heard: list[Any] = [row.cache.cross_attention_cache for row in rows]  # type: ignore[attr-defined]
-            _move(heard, cache.cross_attention_cache, heard[0].get_seq_length())
+            for mask, own in zip(masks, heard, strict=True):
+                _widen(own, mask)
+            _move(heard, cache.cross_attention_cache, max(own.get_seq_length() for own in heard))
             cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
         return True
 
@@ -337,6 +340,19 @@ def _move(rows: Sequence[Cache], cache: Cache, width: int) -> None:
         cache.update(keys, values, index)
         for row in rows:  # so that there are never two of all
             row.layers[index] = None  # type: ignore[call-overload]
+
+
+def _widen(cache: Any, mask: Tensor | None) -> None:
+    """Put what was heard [1, H, n, D] back to where it was among S positions of a mask [1, S], padding being zero."""
+    if mask is None or mask.shape[1] == cache.get_seq_length():
+        return
+    at = mask[0].bool()
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            wide = states.new_zeros(*states.shape[:2], len(at), states.shape[3])
+            wide[:, :, at] = states
+            setattr(layer, name, wide)
 
 
 def _refuse_what_generate_keeps() -> None:

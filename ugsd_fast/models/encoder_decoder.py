@@ -34,6 +34,8 @@ class EncoderDecoderSequence(CachedSequence):
         Tokens in the decoder's cache, prompt included.
     forwards : int
         Decoder passes so far.
+    heard_mask : Tensor[B, S] or None
+        Which positions of the encoder's output are not padding; None before the encoder has run, and where all are.
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], heard: Any = None):
@@ -42,9 +44,10 @@ class EncoderDecoderSequence(CachedSequence):
         self._start = decoder_prompt(model, self._prompt if heard is None else {"heard": heard[0], **self._prompt})
         self._prompt.pop("decoder_input_ids", None)
         self._heard: Any = None
+        self.heard_mask: Tensor | None = None
         if heard is not None:
             self._prompt.clear()
-            self._heard = unmasked(heard, self._mask_kind)
+            self._hear(heard)
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
         self._toggles_adapter = self._hears = False
@@ -59,7 +62,7 @@ class EncoderDecoderSequence(CachedSequence):
         ids = torch.cat([self._start, tokens], dim=1) if first else tokens
         self.check_room(ids.shape[1])
         if self._heard is None:
-            self._heard = unmasked(self.model.get_encoder()(**self._prompt), self._mask_kind)
+            self._hear(self.model.get_encoder()(**self._prompt))
         positions = self.positions(ids)
         with last_logits(self.model, keep if first else 0) as extra:
             logits = self.model(
@@ -70,6 +73,10 @@ class EncoderDecoderSequence(CachedSequence):
             ).logits
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
+
+    def _hear(self, heard: Any) -> None:
+        self._heard = unmasked(heard, self._mask_kind)
+        self.heard_mask = getattr(heard, "attention_mask", None)
 
     @property
     def heard_length(self) -> int:
@@ -92,7 +99,7 @@ class EncoderDecoderSequence(CachedSequence):
         if self._heard is None:
             heard = self.model.get_encoder()(**audio)
             for row, sequence in enumerate(sequences):
-                sequence._heard = unmasked(row_of(heard, row), self._mask_kind)
+                sequence._hear(row_of(heard, row))
         states = torch.cat([sequence._heard[0] for sequence in sequences], 1)
         return {"encoder_outputs": type(self._heard)(last_hidden_state=states)}
 
