@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,19 +12,25 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     MaxLengthCriteria,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from tests.models.test_families import counted
 from tests.models.tiny import FAMILIES, Tiny, build
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, ModelError, UGSDConfig
+from ugsd_fast.cache import GrowingCache
+from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.hf import UGSDGenerate
 from ugsd_fast.models.families import family_of
 from ugsd_fast.models.rows import split_rows
+from ugsd_fast.verifier.local import LocalSession
 
 LoadModel = Callable[..., AudioLM]
 Speech = tuple[np.ndarray, int]
@@ -229,6 +236,162 @@ def test_scores_of_rows_that_have_ended_are_zero(verifiers: dict[str, Tiny]) -> 
         assert [bool(scores[row].any()) for scores in output.scores] == [
             step < len(result.tokens) for step in range(len(output.scores))
         ]
+
+
+def assert_caches_are_one(ours: Any, theirs: Any, mask: Tensor | None = None) -> None:
+    """Types, lengths, and keys and values [B, H, T, D] of every layer, where `mask` [B, T] is 1."""
+    assert type(ours) is type(theirs)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    parts = [(self_attention(ours), self_attention(theirs))]
+    if ours is not parts[0][0]:
+        assert ours.is_updated == theirs.is_updated
+        parts.append((ours.cross_attention_cache, theirs.cross_attention_cache))
+    for own, other in parts:
+        assert [type(layer) for layer in own.layers] == [type(layer) for layer in other.layers]
+        for layer, expected in zip(own.layers, other.layers, strict=True):
+            if getattr(expected, "keys", None) is None:
+                assert getattr(layer, "keys", None) is None
+                continue
+            assert not layer.keys.is_inference()
+            for states, wanted in ((layer.keys, expected.keys), (layer.values, expected.values)):
+                assert states.shape == wanted.shape
+                seen = torch.ones_like(states)
+                if mask is not None:
+                    seen = seen * mask[:, None, -states.shape[2] :, None]
+                torch.testing.assert_close(states * seen, wanted * seen, rtol=1e-4, atol=1e-4)
+
+
+def go_on(tiny: Tiny, output: Any, mask: Tensor | None = None, **settings: Any) -> Tensor:
+    """What transformers' own generate writes behind an output, of its tokens and its cache."""
+    ids = output.sequences
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    if tiny.model.config.is_encoder_decoder:
+        inputs = {**tiny.inputs(), "decoder_input_ids": ids, "decoder_attention_mask": inputs["attention_mask"]}
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
+    return tiny.model.generate(**inputs, past_key_values=output.past_key_values, max_new_tokens=9, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_goes_on_from_the_cache_as_from_generates(family: str, verifiers: dict[str, Tiny]) -> None:
+    """Without audio, which the cache has heard: the tokens of a generate that was never interrupted."""
+    target, draft = verifiers[family], build(family, noise=0.1)
+    settings = {**target.inputs(), **kwargs_of(target), "do_sample": False, "return_dict_in_generate": True}
+    ugsd = UGSDGenerate(draft.model, draft.inputs())
+    for tokens in (1, 12):  # nothing behind the prompt is cached, and more than a window
+        own = target.model.generate(**settings, max_new_tokens=tokens)
+        output = target.model.generate(**settings, max_new_tokens=tokens, custom_generate=ugsd)
+        assert list(output) == list(own)
+        assert_caches_are_one(output.past_key_values, own.past_key_values)
+        whole = target.model.generate(**settings, max_new_tokens=tokens + 9).sequences
+        assert torch.equal(go_on(target, output)[:, -9:], whole[:, -9:])  # Whisper leaves the prompt out
+
+
+@pytest.mark.parametrize("family", ["voxtral", "phi4_multimodal", "gemma3n", "gemma4", "whisper", "moonshine"])
+def test_the_cache_of_a_padded_batch_is_generates(family: str, verifiers: dict[str, Tiny]) -> None:
+    """Rows that have ended go on with padding there, as generate's do."""
+    target, draft = verifiers[family], build(family, noise=0.1)
+    inputs = batch_of(target, 3)
+    settings = {**inputs, **kwargs_of(target), "do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
+    plain = target.model.generate(**settings)[:, -12:].tolist()
+    ends = [token for token in plain[1][4:] if len({row.index(token) if token in row else 12 for row in plain}) > 1]
+    settings |= {"eos_token_id": ends[0], "return_dict_in_generate": True}
+    own = target.model.generate(**settings)
+    ugsd = UGSDGenerate(draft.model, batch_of(draft, 3), max_batch_size=2)
+    output = target.model.generate(**settings, custom_generate=ugsd)
+    lengths = torch.tensor([len(result.tokens) for result in ugsd.results])
+    assert len(set(lengths.tolist())) > 1
+    prompt = inputs.get("attention_mask") if "input_ids" in inputs else None
+    if prompt is None:
+        assert_caches_are_one(output.past_key_values, own.past_key_values)
+        return
+    steps = torch.arange(int(lengths.max())).expand(3, -1)
+    mask = torch.cat([prompt, torch.ones_like(steps)], 1)
+    assert_caches_are_one(output.past_key_values, own.past_key_values, mask[:, :-1])
+    for seen in (mask, torch.cat([prompt, (steps < lengths[:, None]).long()], 1)):
+        more = {**settings, "input_ids": output.sequences, "attention_mask": seen, "max_new_tokens": 9}
+        fresh = target.model.generate(**{**more, "eos_token_id": None}).sequences
+        assert torch.equal(go_on(target, copy.deepcopy(output), seen), fresh)
+
+
+def test_a_cache_of_ones_own_is_filled(verifiers: dict[str, Tiny]) -> None:
+    """With or without return_dict_in_generate; of any kind; ordinary tensors, through which gradients flow."""
+    target = verifiers["voxtral"]
+    settings = {**target.inputs(), "max_new_tokens": 12, "do_sample": False}
+    whole = target.model.generate(**{**settings, "max_new_tokens": 21})
+    ugsd = UGSDGenerate(build("voxtral", noise=0.1).model, lambda inputs: inputs)
+    text = target.model.config.get_text_config()
+    for cache in (DynamicCache(), GrowingCache(text), StaticCache(config=text, max_cache_len=64)):
+        tokens = target.model.generate(**settings, past_key_values=cache, custom_generate=ugsd)
+        assert int(cache.get_seq_length()) == tokens.shape[1] - 1
+        output = GenerateDecoderOnlyOutput(sequences=tokens, past_key_values=cache)
+        assert torch.equal(go_on(target, output), whole)
+    output = target.model.generate(**settings, return_dict_in_generate=True, custom_generate=ugsd)
+    logits = target.model(output.sequences[:, -1:], past_key_values=output.past_key_values).logits
+    logits.sum().backward()
+    target.model.zero_grad()
+
+
+def test_nothing_is_kept_unless_asked_for(verifiers: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch) -> None:
+    target = verifiers["voxtral"]
+    opened: list[LocalSession] = []
+    monkeypatch.setattr(LocalSession, "close", lambda self: opened.append(self))
+    ugsd = UGSDGenerate(build("voxtral", noise=0.1).model, lambda inputs: inputs)
+    settings = {**target.inputs(), "max_new_tokens": 4, "do_sample": False, "custom_generate": ugsd}
+    target.model.generate(**settings)
+    decoder = ugsd._decoder
+    output = target.model.generate(**settings, return_dict_in_generate=True, output_scores=True)
+    assert [session.keeps_cache for session in opened] == [False, True]
+    assert ugsd._decoder is decoder
+    assert output.past_key_values is not None
+    # Where generate counts padding among the positions, a loop without padding has other keys.
+    padded = batch_of(verifiers["vibevoice_asr"], 2)
+    alone = UGSDGenerate(build("vibevoice_asr").model, padded)
+    settings = {**padded, **kwargs_of(verifiers["vibevoice_asr"]), "max_new_tokens": 4, "do_sample": False}
+    output = verifiers["vibevoice_asr"].model.generate(
+        **settings, pad_token_id=0, custom_generate=alone, return_dict_in_generate=True
+    )
+    assert output.past_key_values is None
+
+
+def test_without_room_for_the_padding_no_cache_is_returned() -> None:
+    """The longest prompt's row ends early, and another runs on until padding there would change frequencies."""
+    target, draft = build("phi4_multimodal"), build("phi4_multimodal", noise=0.1)
+    inputs = batch_of(target, 3)
+    settings = {**inputs, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    first, *others = target.model.generate(**settings).sequences[:, -12:].tolist()
+    settings["eos_token_id"] = [next(token for token in row if token not in first) for row in others]
+    ugsd = UGSDGenerate(draft.model, batch_of(draft, 3))
+    own = target.model.generate(**settings)
+    target.model.config.rope_parameters = {**(target.model.config.rope_parameters or {}), "rope_type": "longrope"}
+    for room, has_cache in ((inputs["input_ids"].shape[1] + 10, False), (512, True)):
+        target.model.config.original_max_position_embeddings = room
+        output = target.model.generate(**settings, custom_generate=ugsd)
+        assert torch.equal(output.sequences, own.sequences)
+        assert (output.past_key_values is not None) == has_cache
+        assert len(ugsd.results[0].tokens) == 12 > max(len(result.tokens) for result in ugsd.results[1:])
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", "qwen2_5_omni", "qwen3_omni"])
+@pytest.mark.parametrize("threshold", [0.0, None, 1e9], ids=["verified", "lossy", "local"])
+def test_what_the_verifier_never_saw_is_in_the_cache(
+    family: str, threshold: float | None, audio_lm: LoadModel, speech: Speech
+) -> None:
+    """transformers counts on a cache of all tokens but the newest: one forward adds what was accepted locally."""
+    verifier, draft = audio_lm(family), audio_lm(family, noise=0.05)
+    if threshold is None:
+        edge = Decoder(draft, None, UGSDConfig(eos_token_id=-1)).generate(speech, max_new_tokens=TOKENS)
+        threshold = float(np.median([block.uncertainty for block in edge.trace.blocks]))
+    inputs = verifier.prepare(speech)
+    settings: dict[str, Any] = {**GREEDY, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": TOKENS}
+    ugsd = UGSDGenerate(draft, draft.prepare(speech), UGSDConfig(entropy_threshold=threshold, rank=3))
+    output = verifier.model.generate(**inputs, **settings, return_dict_in_generate=True, custom_generate=ugsd)
+    ids = output.sequences
+    assert output.past_key_values.get_seq_length() == ids.shape[1] - 1
+    together = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole = verifier.model.generate(**together, **settings)
+    text = {name: together[name] for name in ("input_ids", "attention_mask")}
+    again = verifier.model.generate(**text, **settings, past_key_values=output.past_key_values)
+    assert torch.equal(again, whole)
 
 
 def test_sampling_follows_torchs_generator_and_the_verifiers_law(verifiers: dict[str, Tiny]) -> None:

@@ -6,6 +6,7 @@ stopping criteria are those of the call and of its generation config, and the ou
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
@@ -24,12 +28,15 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
+from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.decoder import Decoder
 from ugsd_fast.decoding.processors import split_warpers
 from ugsd_fast.decoding.streaming import Streamer
 from ugsd_fast.decoding.trace import Result
+from ugsd_fast.errors import attempt
 from ugsd_fast.models import AudioLM
+from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.rows import split_rows
 from ugsd_fast.verifier.local import Judgements, LocalSession, LocalVerifier
 
@@ -77,9 +84,15 @@ class UGSDGenerate:
     Notes
     -----
     ``generate(streamer=…, assistant_model=…)`` are refused: transformers keeps them to itself. ``stop_strings`` go to
-    ``generate`` directly, not in a `GenerationConfig`. ``past_key_values`` are not returned. Scores are the verifier's,
-    so they need ``always_escalate``; behind a row's end they are zero. With ``do_sample=True`` the uniforms are seeded
-    from torch's generator: ``torch.manual_seed`` decides, as ever.
+    ``generate`` directly, not in a `GenerationConfig`. Scores are the verifier's, so they need ``always_escalate``;
+    behind a row's end they are zero. With ``do_sample=True`` the uniforms are seeded from torch's generator:
+    ``torch.manual_seed`` decides, as ever.
+
+    ``past_key_values``, of ``return_dict_in_generate=True`` or given empty, hold at the end what ``generate`` leaves in
+    them: all tokens but the newest, and padding behind rows that have ended. What no verifier has seen of that takes
+    one more forward pass, which no metric counts, and every row's cache is kept until then. None is returned, and one
+    that was given stays empty, where rows are padded and the model counts padding as positions (VibeVoice-ASR), or
+    where it has no room for the padding.
 
     Examples
     --------
@@ -143,6 +156,8 @@ class UGSDGenerate:
 
         config = self._config_of(generation_config, warpers, ends)
         scored = _wants_scores(generation_config, config)
+        padding = _padding(model, input_ids, model_kwargs)
+        cache = _wanted_cache(model, generation_config, model_kwargs, padded=any(padding))
         inputs = _model_inputs(verifier.model, input_ids, model_kwargs)
         heard = {model.main_input_name: inputs_tensor} if model.config.is_encoder_decoder else {}
         copies = generation_config.num_return_sequences or 1
@@ -153,9 +168,11 @@ class UGSDGenerate:
             "stopping_criteria": criteria or None,
             "max_new_tokens": max(length - input_ids.shape[1], 1),
         }
-        if scored:
-            verifier = _ScoringVerifier(verifier)
         decoder = self._decoder_of(verifier, config)
+        keeper = _KeepingVerifier(verifier, scored=scored)
+        if scored or cache is not None:
+            decoder = copy.copy(decoder)
+            decoder.verifier = keeper
         if self.streamer is not None:
             for name in ("verifier_inputs", "inputs"):
                 columns[name] = columns[name] and columns[name][0]
@@ -166,14 +183,18 @@ class UGSDGenerate:
         written = [torch.tensor(result.tokens, device=input_ids.device) for result in self.results]
         padded = nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=0 if pad is None else pad)
         sequences = torch.cat([input_ids, padded], 1)
+        lengths = [len(row) for row in written]
+        if cache is not None and not keeper.fill(cache, sequences, padding, lengths):
+            cache = None
         if not generation_config.return_dict_in_generate:
             return sequences
-        kept = verifier.kept([len(row) for row in written]) if isinstance(verifier, _ScoringVerifier) else Judgements()
+        kept = keeper.judgements(lengths) if scored else Judgements()
         output: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
         return output(
             sequences=sequences,
             scores=tuple(kept.scores) if generation_config.output_scores else None,
             logits=tuple(kept.logits) if generation_config.output_logits else None,
+            past_key_values=cache,
         )
 
     def _verifier_of(self, model: Any) -> LocalVerifier:
@@ -184,8 +205,6 @@ class UGSDGenerate:
 
     def _decoder_of(self, verifier: LocalVerifier, config: UGSDConfig) -> Decoder:
         """The last call's decoder, if only its seed is another."""
-        if isinstance(verifier, _ScoringVerifier):
-            return Decoder(self.drafter, verifier, config)
         known = self._decoder
         if known is None or known.verifier is not verifier or known.config != replace(config, seed=known.config.seed):
             known = self._decoder = Decoder(self.drafter, verifier, config)
@@ -238,30 +257,86 @@ class UGSDGenerate:
         return StopStringCriteria(verifier.tokenizer, strings if isinstance(strings, str) else list(strings))
 
 
-class _ScoringVerifier(LocalVerifier):
-    """A verifier for one call that keeps what it thought of every token."""
+class _KeepingVerifier(LocalVerifier):
+    """A verifier for one call that keeps its sessions: their caches, and what they thought of every token if scored."""
 
-    def __init__(self, verifier: LocalVerifier):
+    def __init__(self, verifier: LocalVerifier, *, scored: bool):
         super().__init__(verifier.model)
-        self._rows: list[Judgements] = []
+        self._scored = scored
+        self._sessions: list[LocalSession] = []
 
     def open(self, config: UGSDConfig, **kwargs: Any) -> LocalSession:
         """Start a session; see `LocalVerifier.open`."""
         session = super().open(config, **kwargs)
-        session.judgements = Judgements()
-        self._rows.append(session.judgements)
+        session.judgements = Judgements() if self._scored else None
+        session.keeps_cache = True
+        self._sessions.append(session)
         return session
 
-    def kept(self, lengths: Sequence[int]) -> Judgements:
+    def judgements(self, lengths: Sequence[int]) -> Judgements:
         """Logits and scores [B, V] of each step, float32; zero where a row has ended."""
+        rows = [session.judgements for session in self._sessions]
         columns = [
             [
                 torch.cat([part.float() for part in parts])[:length]
-                for parts, length in zip((getattr(row, name) for row in self._rows), lengths, strict=True)
+                for parts, length in zip((getattr(row, name) for row in rows), lengths, strict=True)
             ]
             for name in ("logits", "scores")
         ]
         return Judgements(*(list(nn.utils.rnn.pad_sequence(column).unbind(0)) for column in columns))
+
+    def fill(self, cache: Cache, sequences: Tensor, padding: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Move the sessions' keys and values into an empty cache, as `generate` leaves it.
+
+        Parameters
+        ----------
+        cache : transformers.Cache
+            Of any kind.
+        sequences : LongTensor[B, S]
+            Prompts and what was generated; the cache holds all of it but the newest column.
+        padding, lengths : sequence of int
+            Columns before each row's prompt, and tokens that it generated.
+
+        Returns
+        -------
+        bool
+            False where a row has no room for the columns behind its end: nothing is filled in then.
+        """
+        width = sequences.shape[1] - 1
+        prompt = sequences.shape[1] - max(lengths)
+        rows = [session.sequence for session in self._sessions]
+        missing = []
+        for row, (sequence, first, length) in enumerate(zip(rows, padding, lengths, strict=True)):
+            sequence.rollback(max(sequence.length + first - min(prompt + length, width), 0))
+            start = first + sequence.length if sequence.length else prompt
+            missing.append(sequences[row : row + 1, start:width].to(self.model.device))
+        if any(attempt(row.check_room, new.shape[1]) for row, new in zip(rows, missing, strict=True)):
+            return False
+        behind = [index for index, row in enumerate(rows) if missing[index].shape[1] or not row.length]
+        if behind:
+            forward_packed([rows[i] for i in behind], [missing[i] for i in behind], [1] * len(behind))
+        held = [self_attention(row.cache) for row in rows]
+        _move(held, self_attention(cache), width)
+        if isinstance(cache, EncoderDecoderCache):
+            heard: list[Any] = [row.cache.cross_attention_cache for row in rows]  # type: ignore[attr-defined]
+            _move(heard, cache.cross_attention_cache, heard[0].get_seq_length())
+            cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
+        return True
+
+
+def _move(rows: Sequence[Cache], cache: Cache, width: int) -> None:
+    """Put the keys and values of caches of one row each into one cache, layer by layer, aligned at the right."""
+    for index in range(len(rows[0].layers)):
+        layers: list[Any] = [row.layers[index] for row in rows]
+        if getattr(layers[0], "keys", None) is None:  # shares another's
+            continue
+        keys, values = (
+            torch.cat([nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
+            for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
+        )
+        cache.update(keys, values, index)
+        for row in rows:  # so that there are never two of all
+            row.layers[index] = None  # type: ignore[call-overload]
 
 
 def _refuse_what_generate_keeps() -> None:
@@ -311,6 +386,24 @@ def _wants_scores(generation_config: GenerationConfig, config: UGSDConfig) -> bo
             "(the verifier never sees a block that is accepted locally)"
         )
     return True
+
+
+def _wanted_cache(model: Any, config: GenerationConfig, model_kwargs: Inputs, *, padded: bool) -> Cache | None:
+    """The cache that `generate` has made or was given, if anybody will see it and it can be filled."""
+    cache = model_kwargs.get("past_key_values")
+    if not config.return_dict_in_generate and not getattr(cache, "_is_user_defined", False):
+        return None
+    if padded and "position_ids" not in inspect.signature(model.forward).parameters:
+        return None  # generate would count padding among the positions, and the loop does not
+    if cache is not None and model.config.is_encoder_decoder and not isinstance(cache, EncoderDecoderCache):
+        return EncoderDecoderCache(cache, DynamicCache(config=model.config))
+    return cache
+
+
+def _padding(model: Any, input_ids: Tensor, model_kwargs: Inputs) -> list[int]:
+    """Columns before each prompt."""
+    mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    return [0] * len(input_ids) if mask is None else (mask == 0).sum(1).tolist()
 
 
 def _refuse_positions(input_ids: Tensor, model_kwargs: Inputs) -> None:

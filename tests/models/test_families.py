@@ -17,6 +17,7 @@ import transformers
 from transformers.audio_utils import mel_filter_bank
 
 from tests.decoding import tokenizers
+from tests.models.reads import HostReads
 from tests.models.tiny import AUDIO_ID, EXTRACTORS, FAMILIES, Tiny, build, processor, without_vision_tower
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
 from ugsd_fast.decoding.translation import END, translation_between
@@ -107,8 +108,27 @@ def test_a_batch_is_every_requests_own_generate(family: str, verifiers: dict[str
                 max_new_tokens=TOKENS,
                 max_batch_size=3,
             )
-        assert calls == ([4, 4] if family == "moonshine" else [2, 2])  # of three together, then of one; padded: each
+        assert calls == [2, 2]  # of three together, then of one
         assert [result.tokens for result in results] == cut
+
+
+@pytest.mark.parametrize("settings", [None, {"entropy_threshold": 0.0}, {"always_escalate": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_waits_for_a_device_behind_the_prompt(
+    family: str, settings: dict[str, Any] | None, verifiers: dict[str, Tiny]
+) -> None:
+    """Three more blocks and more read nothing in between: neither the models' forwards nor the loop around them."""
+    target, draft = verifiers[family], build(family, noise=0.1)
+    verifier = None if settings is None else LocalVerifier(AudioLM(target.model))
+    decoder = Decoder(AudioLM(draft.model), verifier, UGSDConfig(eos_token_id=-1, **(settings or {})))
+    given = {"inputs": draft.inputs()} | ({} if settings is None else {"verifier_inputs": target.inputs()})
+    seen, blocks = [], []
+    for tokens in (8, 32):
+        with HostReads() as reads:
+            blocks.append(len(decoder.generate(**given, max_new_tokens=tokens).trace.blocks))
+        seen.append(reads.ops)
+    assert seen[0] == seen[1]
+    assert blocks[1] > blocks[0] + 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,6 +234,17 @@ def test_a_decoder_prompt_of_ones_own(verifiers: dict[str, Tiny]) -> None:
     result = decoder.generate(verifier_inputs={**tiny.inputs(), "decoder_input_ids": prompt}, max_new_tokens=8)
     own = tiny.model.generate(**tiny.inputs(), decoder_input_ids=prompt, max_new_tokens=8, do_sample=False)
     assert result.tokens == own[0, -8:].tolist()
+
+
+@pytest.mark.parametrize("family", ["whisper", "moonshine"])
+def test_what_was_heard_can_be_handed_in_alone(family: str, verifiers: dict[str, Tiny]) -> None:
+    model, inputs = verifiers[family].model, verifiers[family].inputs()
+    decoder = Decoder(None, LocalVerifier(AudioLM(model)), LOSSLESS)
+    heard = model.get_encoder()(**{name: value for name, value in inputs.items() if name != "decoder_input_ids"})
+    whole, alone = (
+        decoder.generate(verifier_inputs=given, max_new_tokens=8) for given in (inputs, {"encoder_outputs": heard})
+    )
+    assert alone.tokens == whole.tokens
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

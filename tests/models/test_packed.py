@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.models.tiny import FAMILIES, build
+from tests.models.reads import HostReads
+from tests.models.tiny import FAMILIES, Tiny, build
 from ugsd_fast import AudioLM
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -55,14 +57,7 @@ def check_equal(model: Any, opened: Callable[[int], CachedSequence], rows: int =
 def test_a_packed_forward_equals_one_of_each(family: str) -> None:
     tiny = build(family)
     audio_lm = AudioLM(tiny.model)
-
-    def opened(clip: int) -> CachedSequence:
-        inputs = tiny.inputs(clip)
-        if family == "moonshine":
-            inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # padded clips take their own
-        return audio_lm.open(inputs)
-
-    check_equal(tiny.model, opened)
+    check_equal(tiny.model, lambda clip: audio_lm.open(tiny.inputs(clip)))
 
 
 @pytest.mark.parametrize("family", ["whisper", "moonshine"])
@@ -93,15 +88,85 @@ def test_encoder_decoders_begin_together_where_their_clips_have_one_length(famil
     assert clips == ([2, 1] if family == "moonshine" else [3]) + alone
 
 
-def test_padded_audio_of_an_encoder_decoder_takes_forwards_of_its_own() -> None:
-    """Its mask is its own; and cut off, the padding would change what the encoder's normalisation over time makes."""
+# Of a clip's 4000 samples, those that are sound; the encoder puts out a position for every 384.
+AUDIO = [range(3000), range(4000), range(1500), [*range(700), *range(2000, 3500)], range(800, 4000)]
+
+
+def padded(tiny: Tiny, *clips: int) -> dict[str, Tensor]:
+    """A batch of clips, padded as `AUDIO` says."""
+    batch: dict[str, Tensor] = {"input_values": torch.cat([tiny.inputs(clip)["input_values"] for clip in clips])}
+    batch["attention_mask"] = torch.zeros(batch["input_values"].shape, dtype=torch.long)
+    for row, clip in enumerate(clips):
+        batch["attention_mask"][row, list(AUDIO[clip])] = 1
+    return batch
+
+
+def moonshine(attention: str) -> Tiny:
     tiny = build("moonshine")
-    inputs = tiny.inputs(1)
-    new = torch.zeros(1, 0, dtype=torch.long)
-    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    assert AudioLM(tiny.model).open(inputs).pack_key(new) is not None
-    inputs["attention_mask"][:, -400:] = 0
-    assert AudioLM(tiny.model).open(inputs).pack_key(new) is None
+    tiny.model.set_attn_implementation(attention)
+    return tiny
+
+
+@torch.inference_mode()
+def own_logits(model: Any, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """What transformers' own forward makes of them, without a cache and with the masks that it builds."""
+    return model(**batch, decoder_input_ids=nn.functional.pad(tokens, (1, 0), value=1), use_cache=False).logits
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_audio_of_an_encoder_decoder_shares_forwards(attention: str) -> None:
+    """Wherever its padding lies, and whether the encoder runs in the shared forward or has run before."""
+    tiny = moonshine(attention)
+    audio_lm = AudioLM(tiny.model)
+    rows, clips = range(len(AUDIO)), []
+    hook = tiny.model.get_encoder().register_forward_pre_hook(
+        lambda _, args, kwargs: clips.append(len(args[0] if args else kwargs["input_values"])), with_kwargs=True
+    )
+    check_equal(tiny.model, lambda row: audio_lm.open(padded(tiny, row)), rows=5)
+    hook.remove()
+    assert clips == [5, 1, 1, 1, 1, 1]  # together; then, to compare with, alone
+
+    heard = [tiny.model.get_encoder()(**padded(tiny, row)) for row in rows]
+    inputs = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.long)}
+    given = [{**inputs, "encoder_outputs": one, "attention_mask": padded(tiny, 0)["attention_mask"]} for one in heard]
+    given[1]["attention_mask"] = given[1]["attention_mask"][:, :-7]  # of no use any more
+    check_equal(tiny.model, lambda row: audio_lm.open(given[row]), rows=5)
+    assert [one.attention_mask.shape[1] for one in heard] == [9] * 5, "left as they came"
+
+    tokens = [torch.tensor([[7, 11, 30][: 1 + row % 3]]) for row in rows]
+    packed = [audio_lm.open(padded(tiny, row)) for row in rows]
+    got = forward_packed(packed, tokens, [new.shape[1] + 1 for new in tokens])
+    want = torch.cat([own_logits(tiny.model, padded(tiny, row), new)[0] for row, new in enumerate(tokens)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    positions = [int(one.attention_mask.sum()) for one in heard]
+    assert [one.cache.cross_attention_cache.layers[0].keys.shape[2] for one in packed] == positions
+    assert len(set(positions)) > 3
+
+
+def test_whispers_encoder_hears_padding_too() -> None:
+    """Its mask is for training: what transformers makes of a clip with one is what it makes of it without."""
+    tiny = build("whisper")
+    masks = [(torch.arange(48)[None] < 48 - 10 * row).long() for row in range(3)]
+    audio_lm = AudioLM(tiny.model)
+    check_equal(tiny.model, lambda row: audio_lm.open({**tiny.inputs(row), "attention_mask": masks[row]}))
+    tokens = torch.tensor([[7, 11]])
+    bare, masked = (audio_lm.open({**tiny.inputs(), **more}) for more in ({}, {"attention_mask": masks[2]}))
+    assert torch.equal(masked.forward(tokens), bare.forward(tokens))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("clips", [(0, 1, 3), (2, 2)], ids=["masks of their own", "one mask"])
+def test_a_batch_of_padded_clips_in_one_sequence(attention: str, clips: tuple[int, ...]) -> None:
+    tiny = moonshine(attention)
+    batch = padded(tiny, *clips)
+    sequence = AudioLM(tiny.model).open(batch)
+    tokens = torch.randint(3, 60, (len(clips), 8), generator=torch.Generator().manual_seed(0))
+    got = torch.cat([sequence.forward(tokens[:, start : start + 4]) for start in (0, 4)], 1)
+    want = own_logits(tiny.model, batch, tokens)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    with HostReads() as reads:
+        sequence.forward(tokens[:, :2])
+    assert not reads.ops
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,8 +175,6 @@ def test_a_fork_and_its_origin_go_on_apart(family: str) -> None:
     tiny = build(family)
     audio_lm = AudioLM(tiny.model)
     inputs = tiny.inputs(0)
-    if family == "moonshine":
-        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     origin, alone, other = (audio_lm.open(dict(inputs)) for _ in range(3))
     begun = torch.randint(3, 60, (1, 5), generator=torch.Generator().manual_seed(0))
     for sequence in (origin, alone, other):

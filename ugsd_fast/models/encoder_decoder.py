@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,10 +39,12 @@ class EncoderDecoderSequence(CachedSequence):
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], heard: Any = None):
         self.model = model
         self._prompt = dict(inputs)  # of the encoder
-        self._audio_mask = self._prompt.get("attention_mask")
-        self._start = decoder_prompt(model, self._prompt)
+        self._start = decoder_prompt(model, self._prompt if heard is None else {"heard": heard[0], **self._prompt})
         self._prompt.pop("decoder_input_ids", None)
-        self._heard = heard
+        self._heard: Any = None
+        if heard is not None:
+            self._prompt.clear()
+            self._heard = unmasked(heard, self._mask_kind)
         self.cache = EncoderDecoderCache(new_cache(model.config), DynamicCache())
         self._mask = None
         self._toggles_adapter = self._hears = False
@@ -58,7 +59,7 @@ class EncoderDecoderSequence(CachedSequence):
         ids = torch.cat([self._start, tokens], dim=1) if first else tokens
         self.check_room(ids.shape[1])
         if self._heard is None:
-            self._heard = self.model.get_encoder()(**self._prompt)
+            self._heard = unmasked(self.model.get_encoder()(**self._prompt), self._mask_kind)
         positions = self.positions(ids)
         with last_logits(self.model, keep if first else 0) as extra:
             logits = self.model(
@@ -70,30 +71,30 @@ class EncoderDecoderSequence(CachedSequence):
         self.appended(ids.shape[1])
         return logits[:, logits.shape[1] - keep :]
 
+    @property
+    def heard_length(self) -> int:
+        """Positions of the encoder's output that the decoder attends to."""
+        return self._heard[0].shape[1]
+
     def pack_key(self, tokens: Tensor) -> Hashable:
-        """As `CachedSequence.pack_key`; what was heard is of one length, too."""
+        """As `CachedSequence.pack_key`; what was heard already needs no encoder, so it can be of any length."""
         key = super().pack_key(tokens)
-        return key if self.length or key is None or self._heard is None else (key, self._heard[0].shape)
+        return key if self.length or key is None or self._heard is None else (self._step_key, "heard")
 
     def prompt_inputs(self) -> dict[str, Any]:
         """The decoder's prompt as ``input_ids`` and the encoder's inputs; see `CachedSequence.prompt_inputs`."""
         return {} if self.length else {"input_ids": self._start, **self._prompt}
 
     def hear(self, sequences: Sequence[Any], audio: dict[str, Any]) -> dict[str, Any]:
-        """Run the encoder on all clips in one batch; what it heard goes to the decoder side by side [1, B·S, D]."""
+        """Run the encoder on all clips in one batch; what it heard goes to the decoder side by side [1, N, D]."""
         if self.length:
             return audio
         if self._heard is None:
             heard = self.model.get_encoder()(**audio)
             for row, sequence in enumerate(sequences):
-                sequence._heard = row_of(heard, row)
+                sequence._heard = unmasked(row_of(heard, row), self._mask_kind)
         states = torch.cat([sequence._heard[0] for sequence in sequences], 1)
-        return {"encoder_outputs": type(self._heard)(last_hidden_state=states), "attention_mask": None}
-
-    @cached_property
-    def _packs(self) -> bool:
-        # Padded audio is masked for its own request only.
-        return (self._audio_mask is None or bool(self._audio_mask.all())) and super()._packs
+        return {"encoder_outputs": type(self._heard)(last_hidden_state=states)}
 
     def _begins_packed(self, tokens: Tensor) -> bool:
         return self._heard is None or isinstance(self._heard, ModelOutput)
@@ -102,7 +103,6 @@ class EncoderDecoderSequence(CachedSequence):
         """Arguments of the model's forward that append tokens to what the decoder has written."""
         return {
             "encoder_outputs": self._heard,
-            "attention_mask": self._audio_mask,
             "decoder_input_ids": tokens,
             "decoder_attention_mask": mask,
             "decoder_position_ids": positions,
@@ -116,6 +116,28 @@ class EncoderDecoderSequence(CachedSequence):
                 f"{type(self.model).__name__}: the decoder would hold {self.length + count} tokens, "
                 f"expected at most {limit}"
             )
+
+
+@torch.inference_mode()
+def unmasked(heard: Any, mask_kind: str | None) -> Any:
+    """What an encoder has put out, for a decoder that is to attend to all of it and to build no mask at each step.
+
+    What is masked in every row is left out: its weights are 0, and cross-attention knows no positions. Where rows have
+    different masks, one of the kind that attention takes stays (see `PACKABLE_ATTENTION`): with 4 dimensions, it is
+    handed on unchanged.
+    """
+    mask = getattr(heard, "attention_mask", None)
+    if mask is None:
+        return heard
+    states = heard.last_hidden_state
+    valid = mask.to(states.device, torch.bool)
+    if len(valid) == 1 or bool((valid == valid[:1]).all()):
+        return type(heard)(last_hidden_state=states[:, valid[0]])
+    if mask_kind is not None:
+        mask = valid[:, None, None]
+        if mask_kind == "float":
+            mask = torch.zeros_like(mask, dtype=states.dtype).masked_fill_(~mask, torch.finfo(states.dtype).min)
+    return type(heard)(last_hidden_state=states, attention_mask=mask)
 
 
 def row_of(value: Any, row: int) -> Any:

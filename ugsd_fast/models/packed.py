@@ -47,8 +47,7 @@ def forward_packed(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor]
     sequences : sequence of CachedSequence
         Of batch 1 each, and all of one model. Those that begin share a forward of their own, in which the audio tower
         hears all their clips, where these have one shape. What cannot be taken apart gets a forward each: padded
-        prompts, padded audio of an encoder-decoder, attention implementations other than SDPA, eager and
-        FlashAttention, and transformers' own caches.
+        prompts, attention implementations other than SDPA, eager and FlashAttention, and transformers' own caches.
     tokens : sequence of LongTensor[1, q]
         What to append to each.
     keep : sequence of int
@@ -123,7 +122,7 @@ def _forward(sequences: Sequence[CachedSequence], tokens: Sequence[Tensor], keep
             [self_attention(one) for one in caches], counts, PACKABLE_ATTENTION[attention], masks
         )
         if isinstance(caches[0], EncoderDecoderCache):
-            cache = _PackedEncoderDecoderCache(cache, caches, counts)
+            cache = _PackedEncoderDecoderCache(cache, sequences, counts)
         if text is not None:
             logits = text(arguments, cache, wanted)[0]
         else:
@@ -265,9 +264,9 @@ class PackedCache(Cache):
 class _PackedEncoderDecoderCache(EncoderDecoderCache):
     """Beside it, what each request has heard."""
 
-    def __init__(self, own: Cache, caches: Sequence[EncoderDecoderCache], counts: Sequence[int]):
+    def __init__(self, own: Cache, sequences: Sequence[Any], counts: Sequence[int]):
         self.self_attention_cache: Any = own
-        self.cross_attention_cache: Any = _Heard(caches, counts)
+        self.cross_attention_cache: Any = _Heard(sequences, counts)
         self.is_updated = dict.fromkeys(range(len(self.cross_attention_cache.layers)), True)
 
 
@@ -279,10 +278,10 @@ class _HeardLayer:
 class _Heard:
     """Keys and values of the cross-attention; without layers, until the first forward has made them."""
 
-    def __init__(self, caches: Sequence[EncoderDecoderCache], counts: Sequence[int]):
-        self._caches = caches
+    def __init__(self, sequences: Sequence[Any], counts: Sequence[int]):
+        self._sequences = sequences
         self._counts = counts
-        heard: list[list[Any]] = [cache.cross_attention_cache.layers for cache in caches]
+        heard: list[list[Any]] = [sequence.cache.cross_attention_cache.layers for sequence in sequences]
         self.layers = [
             _HeardLayer(
                 Ragged([layer.keys for layer in layers], counts, None),
@@ -292,12 +291,12 @@ class _Heard:
         ]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Ragged, Ragged]:
-        """Hand each request its own part of the states [1, H, B·S, D]."""
-        count = keys.shape[2] // len(self._caches)
+        """Hand each request its own part of the states [1, H, N, D]."""
+        lengths = [sequence.heard_length for sequence in self._sequences]
         parts = []
-        for cache, key, value in zip(self._caches, keys.split(count, 2), values.split(count, 2), strict=True):
-            parts.append(cache.cross_attention_cache.update(key, value, layer_idx))
-            cache.is_updated[layer_idx] = True
+        for sequence, key, value in zip(self._sequences, keys.split(lengths, 2), values.split(lengths, 2), strict=True):
+            parts.append(sequence.cache.cross_attention_cache.update(key, value, layer_idx))
+            sequence.cache.is_updated[layer_idx] = True
         own_keys, own_values = zip(*parts, strict=True)
         return Ragged(own_keys, self._counts, None), Ragged(own_values, self._counts, None)
 

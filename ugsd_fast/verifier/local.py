@@ -149,6 +149,8 @@ class LocalSession:
     ----------
     judgements : Judgements or None
         Where one is set, logits and scores are kept in it.
+    keeps_cache : bool
+        Whether `close` leaves the cache to whoever has the session.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class LocalSession:
         self._processed = processed
         self._verifications = 0
         self.judgements: Judgements | None = None
+        self.keeps_cache = False
 
     @property
     def forwards(self) -> int:
@@ -195,6 +198,8 @@ class LocalSession:
 
     def close(self) -> None:
         """Free the cache."""
+        if self.keeps_cache:
+            return
         self._prepare = self._sequence = None
         self._next_logits = self._last_logits = None
 
