@@ -346,7 +346,8 @@ class TestFailures:
                 records.append(event.block)
                 if len(records) == 2:
                     server.stop()
-                    time.sleep(0.3)
+                    while server.hub.metrics.connections._value.get():
+                        time.sleep(0.01)
                     began = time.monotonic()
             assert [record.verified for record in records[:2]] == [True, True]
             assert not any(record.verified for record in records[2:])
