@@ -34,7 +34,7 @@ from tests.decoding.test_sampling_law import (
 from tests.reference import definitions
 from ugsd_fast import Decoder, LocalVerifier, UGSDConfig, ops
 from ugsd_fast.decoding import verification
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.reference import Stream
 from ugsd_fast.verifier import Verdict
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.errors import AudioError, ModelError, VerifierUnavailable
 from ugsd_fast.verifier import Verdict

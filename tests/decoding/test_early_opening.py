@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ugsd_fast import Decoder, RemoteVerifier, UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.demo import EmbeddedPair, clips, load_pair
 from ugsd_fast.serving.server import serve_model
 from ugsd_fast.verifier import Verdict

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ugsd_fast import UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.serving import protocol
 from ugsd_fast.serving.client import Patience
 from ugsd_fast.serving.limits import Limits

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ugsd_fast import AudioLM, LocalVerifier, UGSDConfig
-from ugsd_fast.decoding.drafter import EMPTY_BLOCK, DraftBlock
+from ugsd_fast.decoding.block import EMPTY_BLOCK, DraftBlock
 
 LoadModel = Callable[..., AudioLM]
 Speech = tuple[np.ndarray, int]

@@ -14,23 +14,18 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ugsd_fast.audio import load_audio
+from ugsd_fast.decoding.block import EMPTY_BLOCK, Block, UnreadBlock
 from ugsd_fast.decoding.block_length import Costs
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
-from ugsd_fast.decoding.drafter import (
-    EMPTY_BLOCK,
-    Block,
-    Drafter,
-    UnreadBlock,
-    draft_blocks,
-    draft_unread,
-)
+from ugsd_fast.decoding.drafter import Drafter, draft_blocks, draft_unread
 from ugsd_fast.decoding.processors import NO_STEERING, LogitsProcessors, Processed, Steering, Stopping
 from ugsd_fast.decoding.request import Given, Request, name_rows
 from ugsd_fast.decoding.streaming import Streamer, stream_to
 from ugsd_fast.decoding.trace import Result, StreamEvent
 from ugsd_fast.decoding.translation import TranslatingDrafter, draft_translated, translation_between
-from ugsd_fast.decoding.verification import PendingVerdict, VerifyCall, read_together, verify_ahead, verify_calls
+from ugsd_fast.decoding.unread import PendingVerdict, read_together
+from ugsd_fast.decoding.verification import VerifyCall, verify_ahead, verify_calls
 from ugsd_fast.errors import VerifierUnavailable, attempt
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import check_replayable

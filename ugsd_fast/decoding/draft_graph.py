@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block import DraftBlock, UnreadBlock, gate
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import (
-    RULES_WITH_DRAFT_LOGITS,
-    DraftBlock,
-    UnreadBlock,
-    UnreadVerdict,
-    behind_unread,
-    draw,
-    filter_logits,
-    gate,
-)
+from ugsd_fast.decoding.sampling import RULES_WITH_DRAFT_LOGITS, draw, filter_logits
+from ugsd_fast.decoding.unread import UnreadVerdict, behind_unread
 from ugsd_fast.models import AudioLM
 from ugsd_fast.models.static_sequence import StaticSequence
 

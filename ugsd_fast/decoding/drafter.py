@@ -5,181 +5,25 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block import Block, DraftBlock, UnreadBlock, block_of, gate
 from ugsd_fast.decoding.block_length import Stops, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.processors import Processed
+from ugsd_fast.decoding.sampling import RULES_WITH_DRAFT_LOGITS, draw, filter_logits
+from ugsd_fast.decoding.unread import UnreadVerdict, behind_unread
 from ugsd_fast.device import on_device
-from ugsd_fast.errors import ModelError, attempt
+from ugsd_fast.errors import attempt
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
 
-# Rules whose acceptance needs the distribution that the draft was sampled from.
-RULES_WITH_DRAFT_LOGITS = frozenset({"exact", "block"})
 RUNNERS_UP = 3  # tokens that are tried in the place of an uncertain one
-
-
-@dataclass(frozen=True, slots=True)
-class DraftBlock:
-    """One drafted block, cut behind its end-of-sequence token.
-
-    Attributes
-    ----------
-    tokens : LongTensor[1, K]
-        On the drafter's device.
-    logits : Tensor[1, K, V] or None
-        After temperature and filtering: what the tokens were sampled from. Only kept where the rule asks for it.
-    token_ids : tuple of int
-        `tokens`, on the host.
-    entropy : tuple of float
-        Entropy of each position, nats.
-    uncertainty : float
-        Of the block, nats: what the gate compares with the threshold.
-    escalate : bool
-        The gate's decision.
-    rivals : LongTensor[1, K, R] or None
-        The drafter's best tokens at each position; only kept for ``UGSDConfig(branches=...)``.
-    """
-
-    tokens: Tensor
-    logits: Tensor | None
-    token_ids: tuple[int, ...]
-    entropy: tuple[float, ...]
-    uncertainty: float
-    escalate: bool
-    rivals: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def width(self) -> int:
-        """Columns of `tokens`."""
-        return len(self.token_ids)
-
-
-class UnreadBlock:
-    """A drafted block that only the device knows so far: what it is for the host is read with the verifier's verdict.
-
-    Has all that a `DraftBlock` has; asking for it before `read` was given a record takes a copy to the host.
-
-    Parameters
-    ----------
-    tokens : LongTensor[1, K]
-        Not cut behind an end-of-sequence token.
-    logits : Tensor[1, K, V] or None
-        As in `DraftBlock`.
-    record : Tensor[3 + 2·K], float64
-        A row of `gate`.
-    ends : frozenset of int
-        Tokens that end a caption.
-    """
-
-    def __init__(self, tokens: Tensor, logits: Tensor | None, record: Tensor, ends: frozenset[int]):
-        self.record = record
-        self._whole = tokens, logits
-        self._ends = ends
-        self._block: DraftBlock | None = None
-
-    @property
-    def tokens(self) -> Tensor:
-        """Of the block, or of all columns while nobody has read where it ends."""
-        return self._whole[0] if self._block is None else self._block.tokens
-
-    @property
-    def logits(self) -> Tensor | None:
-        """Of the same positions as `tokens`."""
-        return self._whole[1] if self._block is None else self._block.logits
-
-    @property
-    def width(self) -> int:
-        """Columns of `tokens`."""
-        return self.tokens.shape[1]
-
-    @property
-    def ended(self) -> bool:
-        """Whether its last token ends the caption."""
-        return self.read().token_ids[-1] in self._ends
-
-    def read(self, record: Sequence[float] | None = None) -> DraftBlock:
-        """The block, given its record on the host."""
-        if self._block is None:
-            self._block = block_of(self.record.tolist() if record is None else record, *self._whole)
-        return self._block
-
-    def __len__(self) -> int:
-        return len(self.read())
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.read(), name)
-
-
-Block = DraftBlock | UnreadBlock
-
-
-@dataclass(frozen=True, slots=True)
-class UnreadVerdict:
-    """A block whose verdict the host has not read yet.
-
-    Attributes
-    ----------
-    base : int
-        Tokens that were in the drafter's cache before it.
-    drafted : int
-        Its tokens; all but the last came into the cache while it was drafted.
-    """
-
-    base: int
-    drafted: int
-
-    def cached(self, num_accepted: int, next_token: int) -> int:
-        """Tokens in the cache once the next forward has been given what follows it, by the verdict."""
-        at_once = self.drafted - 1
-        return self.base + min(num_accepted, at_once) + 1 + (num_accepted > at_once and next_token >= 0)
-
-
-class Behind(NamedTuple):
-    """What a drafter has to do to go on behind a verdict that only the device knows.
-
-    Attributes
-    ----------
-    rejected : LongTensor[1]
-        Cached tokens to forget.
-    fed : LongTensor[1, 2]
-        For the next forward: the last draft token and its successor where the block stands whole and has one, or else
-        the one token that follows and any other, which is to be forgotten.
-    new : LongTensor[1]
-        How many of these stand.
-    """
-
-    rejected: Tensor
-    fed: Tensor
-    new: Tensor
-
-
-def behind_unread(accepted: ops.Acceptance, last: Tensor, drafted: int, last_token: int) -> Behind:
-    """How to go on behind the verdict (of a batch of one) on `drafted` tokens, the newest of which, [1], is `last`."""
-    num_accepted, following = accepted.num_accepted.to(last.device), accepted.next_token.to(last.device)
-    whole = num_accepted == drafted
-    fed = following.clamp(0, last_token)
-    return Behind(
-        rejected=(drafted - 1 - num_accepted).clamp(min=0),
-        fed=torch.stack([torch.where(whole, last, fed), fed], 1),
-        new=1 + (whole & (following >= 0)),
-    )
-
-
-# What a verifier that decodes alone is given to judge.
-EMPTY_BLOCK = DraftBlock(torch.zeros(1, 0, dtype=torch.long), None, (), (), 0.0, True)
 
 
 class Drafter:
@@ -617,65 +461,3 @@ def draft_ahead(drafters: Sequence[Drafter]) -> list[Exception | None]:
         if not isinstance(step, Exception):
             drafter.buffer.append(step)
     return [step if isinstance(step, Exception) else None for step in steps]
-
-
-def draw(z: Tensor, config: UGSDConfig, offset: int | Tensor) -> tuple[Tensor, Tensor]:
-    """One token of each row of the logits `z` [B, V], and its entropy [B]; `offset` counts the draws."""
-    if not config.temperature:
-        stats = ops.token_stats(z)
-        return stats.argmax, stats.entropy
-    drawn = ops.sample(
-        z,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        seed=config.seed,
-        offset=offset,
-    )
-    return drawn.tokens, drawn.stats.entropy
-
-
-def gate(tokens: Tensor, entropy: Tensor, config: UGSDConfig, eos: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """What the host has to know of drafted blocks [B, K], a row each: what `block_of` reads.
-
-    A block ends behind its end-of-sequence token, behind `lengths` [B] tokens where they are given, and under
-    ``adaptive="entropy"`` behind its first uncertain token, though not before ``min_block`` tokens.
-    """
-    ends = (tokens[..., None] == eos).any(-1)  # [B, K]
-    if config.adaptive == "entropy":
-        uncertain = (entropy > config.entropy_threshold).cumsum(1) > 0
-        ends[:, config.min_block - 1 :] |= uncertain[:, config.min_block - 1 :]
-    cut = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
-    lengths = cut if lengths is None else torch.minimum(cut, lengths)
-    threshold = min(config.entropy_threshold, torch.finfo(torch.float32).max)  # no entropy is greater
-    uncertainty, escalate = ops.gate_block(entropy, lengths, threshold=threshold, reduce=config.gate)
-    # float64 holds token ids exactly.
-    scalars = torch.stack([lengths.double(), uncertainty.double(), escalate.double()], 1)
-    return torch.cat([scalars, tokens.double(), entropy.double()], 1)
-
-
-def block_of(
-    record: Sequence[float], tokens: Tensor, logits: Tensor | None, rivals: Tensor | None = None
-) -> DraftBlock:
-    """The block of one row that `gate` recorded; the record came to the host in the one copy that a block takes."""
-    length, width = int(record[0]), (len(record) - 3) // 2
-    ids = record[3 : 3 + length]
-    if min(ids) < 0:
-        raise ModelError("Drafter: the model's logits have no finite value, expected a next token")
-    return DraftBlock(
-        tokens=tokens[:, :length],
-        logits=None if logits is None else logits[:, :length],
-        token_ids=tuple(int(token) for token in ids),
-        entropy=tuple(record[3 + width : 3 + width + length]),
-        uncertainty=record[1],
-        escalate=bool(record[2]),
-        rivals=rivals,
-    )
-
-
-def filter_logits(logits: Tensor, config: UGSDConfig) -> Tensor:
-    """Logits of the distribution that `config` samples from."""
-    return ops.filter_logits(
-        logits, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
-    )

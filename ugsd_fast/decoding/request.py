@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ugsd_fast.decoding.block import Block, DraftBlock
 from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
 from ugsd_fast.decoding.draft_graph import DraftGraph
-from ugsd_fast.decoding.drafter import Block, DraftBlock, Drafter
+from ugsd_fast.decoding.drafter import Drafter
 from ugsd_fast.decoding.processors import NO_STEERING, Steering, Stopping
 from ugsd_fast.decoding.text import IncrementalText
 from ugsd_fast.decoding.trace import BlockRecord, Result, StreamEvent, Trace
@@ -20,7 +21,7 @@ from ugsd_fast.decoding.translation import TranslatingDrafter
 from ugsd_fast.errors import ModelError
 
 if TYPE_CHECKING:
-    from ugsd_fast.decoding.verification import PendingVerdict
+    from ugsd_fast.decoding.unread import PendingVerdict
     from ugsd_fast.verifier.base import Verdict, VerifierSession
 
 

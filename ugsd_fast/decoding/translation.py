@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, DraftBlock, Drafter, draft_blocks
+from ugsd_fast.decoding.drafter import Drafter, draft_blocks
+from ugsd_fast.decoding.sampling import RULES_WITH_DRAFT_LOGITS
 from ugsd_fast.decoding.vocabulary import check_vocabularies
 from ugsd_fast.device import on_device
 from ugsd_fast.errors import VocabularyMismatchError

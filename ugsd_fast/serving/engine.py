@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block import Block, DraftBlock
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import Block, DraftBlock
 from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.decoding.vocabulary import fingerprint
 from ugsd_fast.errors import ModelError, UGSDError

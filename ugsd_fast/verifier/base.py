@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
 from ugsd_fast.decoding.trace import Traffic
 
 

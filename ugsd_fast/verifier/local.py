@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from ugsd_fast import ops
+from ugsd_fast.decoding.block import Block, UnreadBlock
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import RULES_WITH_DRAFT_LOGITS, Block, UnreadBlock, filter_logits
 from ugsd_fast.decoding.processors import Processed
+from ugsd_fast.decoding.sampling import RULES_WITH_DRAFT_LOGITS, filter_logits
 from ugsd_fast.decoding.trace import Traffic
-from ugsd_fast.decoding.verification import PendingVerdict, VerifyCall, read_together
+from ugsd_fast.decoding.unread import PendingVerdict, read_together
+from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.device import on_device
 from ugsd_fast.errors import attempt
 from ugsd_fast.models import AudioLM

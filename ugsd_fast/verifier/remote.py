@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ugsd_fast.audio import Audio, load_audio
+from ugsd_fast.decoding.block import DraftBlock
 from ugsd_fast.decoding.config import UGSDConfig
-from ugsd_fast.decoding.drafter import DraftBlock
 from ugsd_fast.decoding.trace import Traffic
 from ugsd_fast.decoding.verification import VerifyCall
 from ugsd_fast.errors import VerifierRefused, VerifierUnavailable, attempt
