@@ -83,6 +83,7 @@ class GrowingLayer(DynamicLayer):
         """A layer of the same tokens with memory of its own: two copies of storage, however many views there are."""
         other = copy.copy(self)
         memo[id(self)] = other
+        self._check_closed("copied")
         if self._storage is not None:
             other._set_storage(*(storage.clone() for storage in self._storage))
         if self._lengths is not None:
@@ -196,6 +197,7 @@ class GrowingLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
+        self._check_closed("rolled back")
         lengths: list[int] | None = None
         if isinstance(rejected, int) and self._lengths is None:
             longest = shortest = self._length - rejected
@@ -218,6 +220,12 @@ class GrowingLayer(DynamicLayer):
         """
         self._end = end
         self._slots = []
+
+    def _check_closed(self, what: str) -> None:
+        if self._end is not None:
+            raise ModelError(
+                f"GrowingLayer: a layer whose length only the device knows is {what}, expected close(length) before"
+            )
 
     def close(self, length: int) -> None:
         """Take back what `leave_open` began: there are `length` tokens."""
@@ -500,7 +508,9 @@ class GrowingCache(DynamicCache):
     def can_be_open(self) -> bool:
         """Whether `rollback_unread` can be: one row, and no window, which would have to be cut on the host."""
         held = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
-        return all(layer.is_initialized and not layer.is_sliding and layer._step_shape[0] == 1 for layer in held)
+        return bool(held) and all(
+            layer.is_initialized and not layer.is_sliding and layer._step_shape[0] == 1 for layer in held
+        )
 
     def rollback_unread(self, rejected: Tensor) -> OpenEnd:
         """Forget the newest tokens, of which only the device knows how many; nothing is read or moved.
@@ -536,7 +546,20 @@ class GrowingCache(DynamicCache):
         return end
 
     def close(self, length: int) -> GrowingCache:
-        """Say on the host how many tokens there are since `rollback_unread`."""
+        """Say on the host how many tokens there are since `rollback_unread`.
+
+        Parameters
+        ----------
+        length : int
+            Of all tokens in the cache, 0 to `get_seq_length`.
+
+        Raises
+        ------
+        ValueError
+            If there cannot be so many.
+        """
+        if not 0 <= length <= self.get_seq_length():
+            raise ValueError(f"close: length is {length}, expected 0 to {self.get_seq_length()} (slots written so far)")
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):
                 layer.close(length)

@@ -288,7 +288,11 @@ class Decoder:
             return drafts
         rows = list(requests)
         unread = cast(Sequence[UnreadBlock | Exception], drafts)
-        verdicts, blocks = read_together([cast(PendingVerdict, request.pending) for request in waiting], unread)
+        pending = [cast(PendingVerdict, request.pending) for request in waiting]
+        read = attempt(read_together, pending, unread)
+        if isinstance(read, Exception):  # of the device, say
+            read = [read] * len(waiting), [read] * len(unread)
+        verdicts, blocks = read
         outcomes = [
             attempt(request.settle_pending, verdict) for request, verdict in zip(waiting, verdicts, strict=True)
         ]
@@ -349,9 +353,10 @@ class Decoder:
         for drafter in drafters:
             if isinstance(drafter, Drafter):
                 drafter.on_escalation = None
-        launch = getattr(self.verifier, "launch", None)
-        if launch is not None and all(request.may_defer(call.block) for request, call in zip(requests, calls)):
-            return launch(calls)
+        verifier: Any = self.verifier
+        deferred = all(request.may_defer(call.block) for request, call in zip(requests, calls))
+        if deferred and hasattr(verifier, "launch") and verifier.can_launch(calls):
+            return verifier.launch(calls)
         ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
         if not ahead or not all(hasattr(call.session, "submit") for call in calls):
             return verify_calls(self.verifier, calls)

@@ -181,6 +181,7 @@ class DraftGraph:
         self._new.copy_(behind.new)
         self._feeds = _OF_TWO
         self._unread = UnreadVerdict(self._sequence.length - self._drafted + 1, self._drafted)
+        self._drafted = 0
 
     def _run(self, feeds: int) -> None:
         self._steps[feeds]()

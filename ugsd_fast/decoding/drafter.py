@@ -230,11 +230,18 @@ class Drafter:
 
     @torch.inference_mode()
     def commit_unread(self, accepted: ops.Acceptance) -> None:
-        """Go on behind a verdict that nobody has read; `commit` follows when it is known, behind the next block."""
+        """Go on behind a verdict that nobody has read; `commit` follows when it is known, behind the next block.
+
+        Parameters
+        ----------
+        accepted : Acceptance
+            The verdict on the last block: ``num_accepted`` and ``next_token`` [1], on any device.
+        """
         behind = behind_unread(accepted, self.pending[0], self.drafted, self.last_token)
         self._unread = UnreadVerdict(self.sequence.length - self.drafted + 1, self.drafted)
         self.sequence.rollback_unread(behind.rejected)
         self.pending, self._new = behind.fed, behind.new
+        self.drafted = 0
 
     def _fork(self, position: int, token: int) -> Drafter:
         """One that goes on as if `position` tokens of the block in flight, or behind it, stood and `token` followed."""

@@ -130,8 +130,9 @@ class Request:
         late = config.defer_verdicts
         if late is None:
             late = isinstance(drafter, Drafter | DraftGraph) and drafter.device.type != "cpu"
-        fixed = config.adaptive == "fixed" and not config.always_escalate
-        self._defers = late and fixed and not given.streams and stopping is None
+        fixed = config.adaptive == "fixed" and not config.always_escalate and not config.ahead
+        heard = given.streams or given.steering.streamer is not None or stopping is not None  # token by token
+        self._defers = late and fixed and not heard
         self._pending_times: dict[str, float] = {}
         self._trace = Trace()
         self._text = IncrementalText(decode)

@@ -33,7 +33,8 @@ class BlockRecord:
     emitted : tuple of int
         Tokens that became final: the accepted ones and, after them, the verifier's correction or bonus token.
     draft_seconds, verify_seconds : float
-        Wall time spent in the drafter and waiting for the verifier.
+        Wall time spent in the drafter and waiting for the verifier. Where the verdict is read with the next block
+        (``UGSDConfig(defer_verdicts=...)``), the wait for both is in that block's `draft_seconds`.
     verified : bool
         False where the block was escalated and the verifier failed: the draft stands unverified.
     wasted : int

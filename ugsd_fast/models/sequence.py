@@ -141,17 +141,38 @@ class CachedSequence:
 
     @torch.inference_mode()
     def rollback_unread(self, rejected: Tensor) -> None:
-        """Forget the newest tokens, of which only the device knows how many: `rejected`, LongTensor[1].
+        """Forget the newest tokens, of which only the device knows how many.
 
-        Nothing is read. Until `close` tells the number, `length` is an upper bound, and forwards go on behind the
-        tokens that there are.
+        Nothing is read. Until `close` tells the number, `length` is an upper bound, forwards go on behind the tokens
+        that there are, and nothing else can be done with the sequence.
+
+        Parameters
+        ----------
+        rejected : LongTensor[1]
+            On the model's device; not checked.
+
+        Raises
+        ------
+        ModelError
+            If not `can_be_open`.
         """
         own = self_attention(self.cache)
         assert isinstance(own, GrowingCache)
         self.end = own.rollback_unread(rejected)
 
     def close(self, length: int) -> None:
-        """Say how many tokens there are since `rollback_unread`."""
+        """Say how many tokens there are since `rollback_unread`.
+
+        Parameters
+        ----------
+        length : int
+            Of all tokens in the cache.
+
+        Raises
+        ------
+        ValueError
+            If there cannot be so many.
+        """
         own = self_attention(self.cache)
         assert isinstance(own, GrowingCache)
         own.close(length)

@@ -44,9 +44,11 @@ def create_app(hub: Hub, tokens: Tokens | None = None, *, tokenizer: bytes | Non
                 hub.expire()
 
         task = asyncio.create_task(expire())
-        yield
-        task.cancel()
-        await asyncio.to_thread(hub.backend.close)  # a forward in flight is waited for
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.to_thread(hub.backend.close)  # a forward in flight is waited for
 
     app = FastAPI(
         title="ugsd-fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None

@@ -224,9 +224,12 @@ class ModelBackend:
         )
         self._preparing = ThreadPoolExecutor(1, "ugsd-prepare")
         self._scheduler = Scheduler(BatchJudge(LocalVerifier(model)), self.limits, self.metrics)
+        self._closed = False
 
     async def prepare(self, request: protocol.Open) -> ServedSession:
         """A session's state; its prompt is computed in the background."""
+        if self._closed:
+            raise Refusal("unknown_session", "the server is closing")
         rules = request.rules
         try:
             config = UGSDConfig(**{name: getattr(rules, name) for name in rules.__struct_fields__})  # type: ignore[arg-type]
@@ -250,8 +253,9 @@ class ModelBackend:
 
     def close(self) -> None:
         """Stop the model's threads."""
+        self._closed = True
         self._scheduler.close()
-        self._preparing.shutdown(cancel_futures=True)
+        self._preparing.shutdown()
 
 
 class BatchJudge:

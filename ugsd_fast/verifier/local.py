@@ -91,11 +91,27 @@ class LocalVerifier:
         """
         return read_together(self.launch(calls), [])[0]
 
+    def can_launch(self, calls: Sequence[VerifyCall]) -> bool:
+        """Whether `launch` can stand for `verify` and `verify_batch`: nobody has put a method of theirs in their place."""
+        own = type(self).verify_batch is LocalVerifier.verify_batch
+        sessions = [call.session for call in calls]
+        return own and all(type(one).verify is LocalSession.verify and "verify" not in vars(one) for one in sessions)
+
     @torch.inference_mode()
     def launch(self, calls: Sequence[VerifyCall]) -> list[PendingVerdict | Exception]:
         """What `verify_batch` does, without a look at the verdicts: the host goes on, and reads them when it likes.
 
         A session whose verdict is pending can do nothing else before it was read.
+
+        Parameters
+        ----------
+        calls : sequence of VerifyCall
+            As for `verify_batch`, of blocks that were read.
+
+        Returns
+        -------
+        list of PendingVerdict or Exception
+            To be read with `PendingVerdict.read`, or several with `ugsd_fast.decoding.unread.read_together`.
         """
         ready = [attempt(call.session.check_room, call.committed, call.block) for call in calls]
         able = [call for call, error in zip(calls, ready, strict=True) if error is None]
