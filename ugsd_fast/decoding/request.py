@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ugsd_fast.decoding.ahead import AheadDrafter
 from ugsd_fast.decoding.block import Block, DraftBlock
 from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
@@ -214,7 +215,7 @@ class Request:
         wasted = 0
         if last and isinstance(self.drafter, Drafter | DraftGraph):
             wasted = self.drafter.ahead
-        elif isinstance(self.drafter, Drafter):
+        elif isinstance(self.drafter, AheadDrafter):
             wasted = self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),
