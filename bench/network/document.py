@@ -24,7 +24,7 @@ from bench.network.latency import (
     WHOLE,
 )
 from bench.network.link import ROOT
-from ugsd_fast.decoding.drafter import RUNNERS_UP
+from ugsd_fast.decoding.ahead import RUNNERS_UP
 
 RESULTS, DOCUMENT = ROOT / "bench" / "results", ROOT / "docs" / "network.md"
 HOW = """\

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from ugsd_fast import Decoder, UGSDConfig
+from ugsd_fast.decoding.ahead import AheadDrafter as Drafter
+from ugsd_fast.decoding.ahead import draft_ahead
 from ugsd_fast.decoding.block import DraftBlock
-from ugsd_fast.decoding.drafter import Drafter, draft_ahead, draft_blocks
+from ugsd_fast.decoding.drafter import draft_blocks
 from ugsd_fast.demo import EmbeddedPair, clips, load_pair
 from ugsd_fast.errors import ModelError, VerifierUnavailable
 from ugsd_fast.models.sequence import CachedSequence

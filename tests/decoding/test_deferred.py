@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, MaxLengthCriteria, MinLengthLogitsProcessor, StoppingCriteriaList
 
 from tests.decoding.test_batches import HostReads, clips_of_speech
 from tests.decoding.test_decoder import NEVER_ENDS
 from ugsd_fast import AudioLM, Decoder, LocalVerifier, ModelError, UGSDConfig
+from ugsd_fast.decoding.drafter import Drafter
+from ugsd_fast.errors import attempt
 
 __all__ = ["clips_of_speech"]
 
@@ -146,15 +149,73 @@ def test_logits_that_are_not_finite(
     assert messages[0] == messages[1]
 
 
-def test_on_a_cpu_nothing_is_deferred_unless_asked(audio_lm: LoadModel, clips_of_speech: Clips) -> None:
-    draft, verifier = audio_lm("qwen2_audio", noise=0.05), LocalVerifier(audio_lm("qwen2_audio"))
-    for settings in (
-        {},
-        {"defer_verdicts": True, "adaptive": "aimd"},
-        {"defer_verdicts": True, "always_escalate": True},
-    ):
-        config = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS, **settings)
-        with patch.object(LocalVerifier, "launch", side_effect=AssertionError):
-            with pytest.raises(AssertionError):  # of several rows, whatever becomes of verdicts
-                Decoder(draft, verifier, config).generate(clips_of_speech[:2], max_new_tokens=30)
-            Decoder(draft, verifier, config).generate(clips_of_speech[0], max_new_tokens=30)
+class Own(LocalVerifier):
+    """Has a say of its own in verdicts."""
+
+    asked = 0
+
+    def verify_batch(self, calls: Any) -> Any:
+        self.asked += 1
+        return super().verify_batch(calls)
+
+
+class OwnSession(LocalVerifier):
+    """Its sessions are to be asked as they are."""
+
+    asked = 0
+
+    def open(self, config: UGSDConfig, **request: Any) -> Any:
+        session = super().open(config, **request)
+        verify = session.verify
+
+        def judge(*args: Any, **kwargs: Any) -> Any:
+            self.asked += 1
+            return verify(*args, **kwargs)
+
+        session.verify = judge  # type: ignore[method-assign]
+        return session
+
+
+def test_what_is_read_at_once(audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+    """On a CPU all, unless it is asked for; lengths, processors, streams and drafting ahead hang on verdicts."""
+    draft, model = audio_lm("qwen2_audio", noise=0.05), audio_lm("qwen2_audio")
+    gated = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS)
+    late = replace(gated, defer_verdicts=True)
+    request: dict[str, Any] = {"max_new_tokens": 30}
+    processors = LogitsProcessorList([MinLengthLogitsProcessor(1, 0)])
+    stops = StoppingCriteriaList([MaxLengthCriteria(100_000)])
+    with patch.object(Drafter, "commit_unread", side_effect=AssertionError):
+        for config, more in (
+            (gated, {}),
+            (replace(late, adaptive="aimd"), {}),
+            (replace(late, always_escalate=True), {}),
+            (replace(late, ahead=3), {}),
+            (late, {"logits_processor": processors}),
+            (late, {"stopping_criteria": stops}),
+            (late, {"streamer": Mock()}),
+        ):
+            Decoder(draft, LocalVerifier(model), config).generate(clips_of_speech[0], **request, **more)
+        list(Decoder(draft, LocalVerifier(model), late).stream(clips_of_speech[0], **request))
+        with pytest.raises(AssertionError):
+            Decoder(draft, LocalVerifier(model), late).generate(clips_of_speech[0], **request)
+
+
+def test_verifiers_with_methods_of_their_own_are_asked(audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+    draft, model = audio_lm("qwen2_audio", noise=0.05), audio_lm("qwen2_audio")
+    config = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS, defer_verdicts=True)
+    for verifier, rows in ((Own(model), 2), (OwnSession(model), 1)):
+        results = Decoder(draft, verifier, config).generate(clips_of_speech[:rows], max_new_tokens=30)
+        assert verifier.asked == len(results[0].trace.blocks)
+
+
+def test_a_device_that_fails_when_it_is_read(audio_lm: LoadModel, clips_of_speech: Clips) -> None:
+    """As on a GPU, where errors of kernels come up at the next copy: it ends the rows that shared it."""
+    draft, model = audio_lm("qwen2_audio", noise=0.05), audio_lm("qwen2_audio")
+    config = UGSDConfig(entropy_threshold=0.0, eos_token_id=NEVER_ENDS, defer_verdicts=True)
+    decoder = Decoder(draft, LocalVerifier(model), config)
+    for exceptions in (True, False):
+        error = RuntimeError("CUDA error")
+        with patch("ugsd_fast.decoding.decoder.read_together", side_effect=error):
+            failed = attempt(decoder.generate, clips_of_speech[:2], max_new_tokens=30, return_exceptions=exceptions)
+        assert failed == [error] * 2 if exceptions else failed is error
+        assert getattr(error, "__notes__", []) == ["rows 1, 2 of 2, which shared a forward pass"]

@@ -9,6 +9,7 @@ import torch
 
 from tests.models.tiny import FAMILIES, build
 from ugsd_fast import AudioLM
+from ugsd_fast.cache import GrowingCache
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.packed import forward_packed
 from ugsd_fast.models.sequence import CachedSequence
@@ -63,6 +64,20 @@ def test_the_cache_grows_behind_an_open_end() -> None:
         new = torch.tensor([[token]])
         want, got = read.forward(new), unread.forward(new)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_an_open_end_allows_nothing_but_forwards() -> None:
+    sequence, _ = begun("voxtral")
+    sequence.rollback_unread(torch.tensor([2]))
+    for call, what in ((lambda: sequence.rollback(1), "rolled back"), (sequence.fork, "copied")):
+        with pytest.raises(ModelError, match=f"only the device knows is {what}, expected close"):
+            call()
+    for length in (-1, sequence.length + 1):
+        with pytest.raises(ValueError, match=f"close: length is {length}, expected 0 to {sequence.length}"):
+            sequence.close(length)
+    sequence.close(sequence.length - 2)
+    sequence.rollback(1)
+    assert not GrowingCache().can_be_open
 
 
 @pytest.mark.parametrize("family", WINDOWED)

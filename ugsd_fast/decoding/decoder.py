@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ugsd_fast.audio import load_audio
+from ugsd_fast.decoding.ahead import AheadDrafter
 from ugsd_fast.decoding.block import EMPTY_BLOCK, Block, UnreadBlock
 from ugsd_fast.decoding.block_length import Costs
 from ugsd_fast.decoding.config import UGSDConfig
@@ -291,7 +292,8 @@ class Decoder:
         pending = [cast(PendingVerdict, request.pending) for request in waiting]
         read = attempt(read_together, pending, unread)
         if isinstance(read, Exception):  # of the device, say
-            read = [read] * len(waiting), [read] * len(unread)
+            yield from self._settled(requests, [(request, read) for request in rows])
+            return []
         verdicts, blocks = read
         outcomes = [
             attempt(request.settle_pending, verdict) for request, verdict in zip(waiting, verdicts, strict=True)
@@ -310,7 +312,7 @@ class Decoder:
         blocks: Sequence[Block | Exception] | Exception
         unread = any(request.pending for request in requests)
         unread |= self.config.always_escalate and getattr(self.verifier, "reads_blocks", False)
-        if all(isinstance(drafter, Drafter) and not drafter.buffer for drafter in drafters):
+        if all(isinstance(drafter, Drafter) and not drafter.begun for drafter in drafters):
             blocks = attempt(draft_unread if unread else draft_blocks, drafters, lengths)
         elif self._translation is not None:
             blocks = attempt(draft_translated, drafters, lengths)
@@ -357,11 +359,11 @@ class Decoder:
         deferred = all(request.may_defer(call.block) for request, call in zip(requests, calls))
         if deferred and hasattr(verifier, "launch") and verifier.can_launch(calls):
             return verifier.launch(calls)
-        ahead = self.config.ahead and all(isinstance(drafter, Drafter) for drafter in drafters)
+        ahead = all(isinstance(drafter, AheadDrafter) for drafter in drafters)
         if not ahead or not all(hasattr(call.session, "submit") for call in calls):
             return verify_calls(self.verifier, calls)
         rooms = [min(self.config.ahead, request.room - len(call.block)) for request, call in zip(requests, calls)]
-        return verify_ahead(calls, cast(list[Drafter], drafters), rooms)
+        return verify_ahead(calls, cast(list[AheadDrafter], drafters), rooms)
 
     def _end(self, request: Request, requests: list[Request]) -> None:
         requests.remove(request)
@@ -476,7 +478,7 @@ class Decoder:
             prepared = self.draft.to_device(prepared)
             return self._graph_of(prepared["input_ids"].shape[1] + given.max_new_tokens).start(prepared)
         translation = self._translation
-        drafter = Drafter(
+        drafter = (AheadDrafter if config.ahead else Drafter)(
             self.draft.open(prepared),
             config,
             eos_token_ids=translation.drafter.ends if translation else self.eos_token_ids,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ugsd_fast.decoding.ahead import AheadDrafter
 from ugsd_fast.decoding.block import Block, DraftBlock
 from ugsd_fast.decoding.block_length import BlockLength, Costs, block_length
 from ugsd_fast.decoding.config import UGSDConfig
@@ -130,7 +131,7 @@ class Request:
         late = config.defer_verdicts
         if late is None:
             late = isinstance(drafter, Drafter | DraftGraph) and drafter.device.type != "cpu"
-        fixed = config.adaptive == "fixed" and not config.always_escalate and not config.ahead
+        fixed = config.adaptive == "fixed" and not config.always_escalate
         heard = given.streams or given.steering.streamer is not None or stopping is not None  # token by token
         self._defers = late and fixed and not heard
         self._pending_times: dict[str, float] = {}
@@ -215,7 +216,7 @@ class Request:
         wasted = 0
         if last and isinstance(self.drafter, Drafter | DraftGraph):
             wasted = self.drafter.ahead
-        elif isinstance(self.drafter, Drafter):
+        elif isinstance(self.drafter, AheadDrafter):
             wasted = self.drafter.wasted(num_accepted, next_token)
         record = BlockRecord(
             start=len(self.tokens),

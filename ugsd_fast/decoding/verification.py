@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ugsd_fast.decoding.ahead import AheadDrafter, draft_ahead
 from ugsd_fast.decoding.block import Block
-from ugsd_fast.decoding.drafter import Drafter, draft_ahead
 from ugsd_fast.errors import attempt
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class VerifyCall(NamedTuple):
 
 
 def verify_ahead(
-    calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int]
+    calls: Sequence[VerifyCall], drafters: Sequence[AheadDrafter], rooms: Sequence[int]
 ) -> list[Verdict | Exception]:
     """Verdicts as `verify_calls` gives them; while they are on their way, up to `rooms` tokens are drafted ahead.
 
@@ -42,7 +42,10 @@ def verify_ahead(
 
 
 def _wait_drafting(
-    calls: Sequence[VerifyCall], drafters: Sequence[Drafter], rooms: Sequence[int], futures: Sequence[Future[Verdict]]
+    calls: Sequence[VerifyCall],
+    drafters: Sequence[AheadDrafter],
+    rooms: Sequence[int],
+    futures: Sequence[Future[Verdict]],
 ) -> list[Verdict | Exception]:
     failed: dict[int, Exception] = {}
     while waiting := [index for index, future in enumerate(futures) if index not in failed and not future.done()]:

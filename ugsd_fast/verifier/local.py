@@ -92,7 +92,7 @@ class LocalVerifier:
         return read_together(self.launch(calls), [])[0]
 
     def can_launch(self, calls: Sequence[VerifyCall]) -> bool:
-        """Whether `launch` can stand for `verify` and `verify_batch`: nobody has put a method of theirs in their place."""
+        """Whether `launch` can stand for `verify` and `verify_batch`: nobody has put methods in their place."""
         own = type(self).verify_batch is LocalVerifier.verify_batch
         sessions = [call.session for call in calls]
         return own and all(type(one).verify is LocalSession.verify and "verify" not in vars(one) for one in sessions)
