@@ -67,7 +67,7 @@ class UGSDConfig:
     defer_verdicts : bool, optional
         Whether the host leaves the verdict of a verifier in this process on the device, drafts the next block behind it
         and reads both in one copy: one wait for the device a block, escalated or not. Tokens come a block later, and
-        where the correction ends the caption, that block was in vain. The verdict is read at once where the caption
+        where the correction ends the caption, that block was in vain (a sampled batch may then draw other tokens). The verdict is read at once where the caption
         or the next block's length hang on it: for a block that ends in an end-of-sequence token or has no room for
         another behind it, for streams, stopping criteria, logits processors, `ahead` and ``adaptive`` lengths. So it is
         where the drafter's cache cannot go on behind it (windows, padded prompts, FlashAttention) or its tokenizer is
