@@ -67,12 +67,12 @@ class UGSDConfig:
     defer_verdicts : bool, optional
         Whether the host leaves the verdict of a verifier in this process on the device, drafts the next block behind it
         and reads both in one copy: one wait for the device a block, escalated or not. Tokens come a block later, and
-        where the correction ends the caption, that block was in vain (a sampled batch may then draw other tokens). The verdict is read at once where the caption
-        or the next block's length hang on it: for a block that ends in an end-of-sequence token or has no room for
-        another behind it, for streams, stopping criteria, logits processors, `ahead` and ``adaptive`` lengths. So it is
-        where the drafter's cache cannot go on behind it (windows, padded prompts, FlashAttention) or its tokenizer is
-        another, and with a verifier whose methods are replaced. The default, None, defers unless the drafter is on a
-        CPU, where a read waits for nothing.
+        where the correction ends the caption, that block was in vain (a sampled batch may then draw other tokens). The
+        verdict is read at once where the caption or the next block's length hang on it: for a block that ends in an
+        end-of-sequence token or has no room for another behind it, for streams, stopping criteria, logits processors,
+        `ahead` and ``adaptive`` lengths. So it is where the drafter's cache cannot go on behind it (windows, padded
+        prompts, FlashAttention) or its tokenizer is another, and with a verifier whose methods are replaced. The
+        default, None, defers unless the drafter is on a CPU, where a read waits for nothing.
     eos_token_id : int or sequence of int, optional
         Ends a caption; by default what the models' own generation configs name.
     on_verifier_failure : {"accept", "wait", "raise"}
