@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.models.tiny import FAMILIES, build
 from ugsd_fast import AudioLM
@@ -42,8 +43,10 @@ def check_same_logits(model: Any, opened: Callable[[], CachedSequence]) -> None:
             sequence.forward(NOTHING)
         count.clear()
         tokens = [torch.tensor([[7, 11, 3]]), torch.tensor([[5]])]
-        logits.append([forward_packed(sequences, tokens, [2, 1]), sequences[0].forward(torch.tensor([[4, 9]]))])
-        assert len(count) == (2 if whole else 0)
+        new = [forward_packed(sequences, tokens, [2, 1])]
+        new += [sequences[0].forward(torch.tensor([ids])) for ids in ([4, 9], [6], [8])]
+        logits.append(new)
+        assert len(count) == (4 if whole else 0)
         if hook is not None:
             hook.remove()
     assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
@@ -92,6 +95,55 @@ def test_who_looks_at_the_modules_around_sees_every_forward(name: str) -> None:
     assert text_part(model) is not None
     around.compile()
     assert text_part(model) is None
+
+
+def test_who_looks_at_the_decoder_sees_its_forwards_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("voxtral").model
+    sequence = CachedSequence(model, build("voxtral").inputs(clip=0), family_of("voxtral"))
+    sequence.forward(NOTHING)
+    part = text_part(model)
+    assert part is not None
+    step, count = torch.tensor([[7]]), [0]
+    plain = sequence.forward(step)
+
+    def looks(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return decorated(*args, **kwargs)
+
+    decorated = type(part.decoder).forward
+    for number, owner in enumerate((part.decoder, type(part.decoder)), 1):
+        with monkeypatch.context() as patches:
+            method = functools.partial(looks, part.decoder) if owner is part.decoder else looks
+            patches.setattr(owner, "forward", method, raising=True)
+            sequence.rollback(1)
+            assert torch.equal(sequence.forward(step), plain)
+        assert count == [number]
+    handle = part.decoder.register_forward_hook(lambda *_: count.append(1))
+    sequence.forward(step)
+    handle.remove()
+    sequence.forward(step)
+    assert count == [2, 1]
+
+
+def test_ready_masks_are_for_full_attention_alone(audio_lm: LoadModel) -> None:
+    for family, takes in (("qwen2_audio", True), ("qwen2_5_omni", True)):
+        part = text_part(audio_lm(family).model)
+        assert part is not None
+        assert part.takes_masks is takes
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": None}
+    for windows in (False, True):
+        config = Qwen2Config(
+            **settings,
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            use_sliding_window=windows,
+            sliding_window=4,
+            max_window_layers=1,
+        )
+        part = text_part(Qwen2ForCausalLM(config).eval())
+        assert part is not None
+        assert part.takes_masks is not windows
 
 
 def test_a_model_that_nobody_uses_is_freed() -> None:

@@ -262,10 +262,10 @@ class Decoder:
                 times = {"draft_seconds": drafted - clock, "verify_seconds": time.perf_counter() - drafted}
                 settling = []
                 for request, block, verdict in zip(requests, blocks, verdicts, strict=True):
-                    if isinstance(verdict, PendingVerdict):
-                        request.defer(verdict, **times)
-                    else:
+                    if not isinstance(verdict, PendingVerdict):
                         settling.append((request, attempt(request.settle, block, verdict, **times)))
+                    elif (error := attempt(request.defer, verdict, **times)) is not None:
+                        settling.append((request, error))
                 yield from self._settled(requests, settling)
         finally:
             for request in list(requests):

@@ -6,7 +6,8 @@ forward, a fifth of a small model's step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,12 @@ class TextPart(NamedTuple):
         The modules that a forward of the whole model passes on its way to the decoder, but for the model itself.
     decoder_path, head_path : tuple of str
         Their names, a module at a time.
+    decorated, forward : callable
+        The decoder's own, with and without decorators: they fill in settings and collect outputs that nobody asks for
+        here. Where somebody has replaced it, or looks at the decoder, it is called as ever.
+    takes_masks : bool
+        Whether the decoder takes ready masks, by kind of layer, and has full attention only: then it need not find out
+        that a step of one token needs none.
     """
 
     decoder: nn.Module
@@ -31,13 +38,25 @@ class TextPart(NamedTuple):
     around: tuple[nn.Module, ...]
     decoder_path: tuple[str, ...]
     head_path: tuple[str, ...]
+    decorated: Callable[..., Any]
+    forward: Callable[..., Any]
+    takes_masks: bool
 
     def __call__(self, arguments: Mapping[str, Any], cache: Any, kept: Tensor | None = None) -> Tensor:
         """Logits [B, q, V] of a forward, or of its positions `kept`."""
-        hidden: Tensor = self.decoder(**arguments, past_key_values=cache, use_cache=True).last_hidden_state
+        arguments = dict(arguments, past_key_values=cache, use_cache=True)
+        if self.takes_masks and arguments["attention_mask"] is None and arguments["input_ids"].shape[1] == 1:
+            arguments["attention_mask"] = _NO_MASK
+        decoder = self.decoder
+        plain = type(decoder).forward is self.decorated and not _watched(decoder)
+        output = self.forward(decoder, **arguments) if plain else decoder(**arguments)
+        hidden: Tensor = output.last_hidden_state
         logits: Tensor = self.head(hidden if kept is None else hidden[:, kept])
         return logits
 
+
+_NO_MASK = {"full_attention": None}
+_TAKES_MASKS = "isinstance(causal_mask_mapping := attention_mask, dict)"  # in transformers' decoders that do
 
 _parts: WeakKeyDictionary[nn.Module, TextPart] = WeakKeyDictionary()  # that do not refer to their key
 
@@ -59,7 +78,15 @@ def _find(model: Any) -> TextPart:
     names = {module: tuple(name.split(".")) for name, module in model.named_modules()}
     path = names[decoder]
     around = tuple(_at(model, path[:depth]) for depth in range(1, len(path)))
-    return TextPart(decoder, head, around, path, names[head])
+    decorated = type(decoder).forward
+    forward = inspect.unwrap(decorated)
+    try:
+        takes_masks = _TAKES_MASKS in inspect.getsource(forward)
+    except (OSError, TypeError):  # without its source nobody knows
+        takes_masks = False
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    takes_masks = takes_masks and kinds == set(_NO_MASK)
+    return TextPart(decoder, head, around, path, names[head], decorated, forward, takes_masks)
 
 
 def _at(module: Any, path: tuple[str, ...]) -> Any:
