@@ -30,7 +30,7 @@ class TextPart(NamedTuple):
         here. Where somebody has replaced it, or looks at the decoder, it is called as ever.
     takes_masks : bool
         Whether the decoder takes ready masks, by kind of layer, and has full attention only: then it need not find out
-        that a step of one token needs none.
+        that one token needs none, or that one of 4 dimensions is to be handed on.
     """
 
     decoder: nn.Module
@@ -45,8 +45,9 @@ class TextPart(NamedTuple):
     def __call__(self, arguments: Mapping[str, Any], cache: Any, kept: Tensor | None = None) -> Tensor:
         """Logits [B, q, V] of a forward, or of its positions `kept`."""
         arguments = dict(arguments, past_key_values=cache, use_cache=True)
-        if self.takes_masks and arguments["attention_mask"] is None and arguments["input_ids"].shape[1] == 1:
-            arguments["attention_mask"] = _NO_MASK
+        mask = arguments["attention_mask"]
+        if self.takes_masks and (arguments["input_ids"].shape[1] == 1 if mask is None else mask.dim() == 4):
+            arguments["attention_mask"] = {_FULL: mask}
         decoder = self.decoder
         plain = type(decoder).forward is self.decorated and not _watched(decoder)
         output = self.forward(decoder, **arguments) if plain else decoder(**arguments)
@@ -55,7 +56,7 @@ class TextPart(NamedTuple):
         return logits
 
 
-_NO_MASK = {"full_attention": None}
+_FULL = "full_attention"
 _TAKES_MASKS = "isinstance(causal_mask_mapping := attention_mask, dict)"  # in transformers' decoders that do
 
 _parts: WeakKeyDictionary[nn.Module, TextPart] = WeakKeyDictionary()  # that do not refer to their key
@@ -85,7 +86,7 @@ def _find(model: Any) -> TextPart:
     except (OSError, TypeError):  # without its source nobody knows
         takes_masks = False
     kinds = set(getattr(decoder.config, "layer_types", None) or ())
-    takes_masks = takes_masks and kinds == set(_NO_MASK)
+    takes_masks = takes_masks and kinds == {_FULL}
     return TextPart(decoder, head, around, path, names[head], decorated, forward, takes_masks)
 
 
