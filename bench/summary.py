@@ -158,9 +158,9 @@ def overhead_lines(overhead: Row) -> list[str]:
         f"Greedy decoding of {overhead['tokens']} tokens by a {overhead['model']}, one thread, blocks of "
         f"{overhead['block_size']}; the time of a request over its tokens. The loop costs "
         f"**{number(spread['median'])} µs a draft step** over the bare forwards (p10 – p90: {number(spread['p10'])} – "
-        f"{number(spread['p90'])}); target ≤ {target['at_most']} µs: {'met' if target['met'] else '**missed**'}. The bare "
-        "forwards call the whole model; behind the audio the loop calls its text decoder and head alone, which makes up "
-        "for some of what it costs.",
+        f"{number(spread['p90'])}); target ≤ {target['at_most']} µs: {'met' if target['met'] else '**missed**'}. The "
+        "bare forwards call the whole model; behind the audio the loop calls its text decoder and head alone, which "
+        "makes up for some of what it costs.",
         "",
         *table(("loop", "µs a step", "p10 – p90"), lines, 1),
         "",
