@@ -284,12 +284,12 @@ class TestDrawn:
     def test_batches(self, rule: Any) -> None:
         draft, verifier = pair()
         late = LateVerifier(LocalVerifier(verifier), [(0,), (1, 3), (2, 0), (4,), (1,)])
-        requests = [INPUTS] * (DRAWS // 2)
+        requests = [INPUTS] * (DRAWS // 5)
         results = Decoder(draft, late, sampled(rule, seed=12)).generate(
             inputs=requests, verifier_inputs=requests, max_new_tokens=TOKENS, max_batch_size=128
         )
         check(torch.tensor([result.tokens for result in results]), law(verifier.table, SAMPLING))
-        assert sum(result.metrics.wasted_drafts for result in results) > DRAWS // 4
+        assert sum(result.metrics.wasted_drafts for result in results) > DRAWS // 10
 
     def test_single_requests(self, rule: Any) -> None:
         draft, verifier = pair()
