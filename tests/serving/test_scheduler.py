@@ -178,11 +178,8 @@ def test_short_prompts_share_a_forward(machine: Callable[..., Machine]) -> None:
     assert one.log == ["a&b&c", "d", "L", "e&f", "L"]
 
 
-def test_blocks_do_not_wait_for_prompts(machine: Callable[..., Machine]) -> None:
-    """While a turn of prompts is computed, blocks are judged."""
-    one = machine()
-    ready = one.session("a")
-    settled(one, ready)
+def slow_prompts(one: Machine) -> tuple[threading.Event, threading.Event]:
+    """Have prompts be computed only once the second event is set; the first says that some are to be."""
     inside, go_on = threading.Event(), threading.Event()
     prefill = one.prefill
 
@@ -192,6 +189,15 @@ def test_blocks_do_not_wait_for_prompts(machine: Callable[..., Machine]) -> None
         return prefill(pieces)
 
     one.prefill = slow  # type: ignore[method-assign]
+    return inside, go_on
+
+
+def test_blocks_do_not_wait_for_prompts(machine: Callable[..., Machine]) -> None:
+    """While a turn of prompts is computed, blocks are judged."""
+    one = machine()
+    ready = one.session("a")
+    settled(one, ready)
+    inside, go_on = slow_prompts(one)
     late = one.session("b")
     assert inside.wait(5)
     for _ in range(3):
@@ -367,15 +373,7 @@ class TestClosing:
         one = machine(prefill_chunk=10)
         judged, heard, waiting = one.session("a"), State(one.log, "b", 30), State(one.log, "c", 30)
         settled(one, judged)
-        inside, go_on = threading.Event(), threading.Event()
-        prefill = one.prefill
-
-        def slow(pieces: Sequence[tuple[State, int]]) -> list[Exception | None]:
-            inside.set()
-            assert go_on.wait(5)
-            return prefill(pieces)
-
-        one.prefill = slow  # type: ignore[method-assign]
+        inside, go_on = slow_prompts(one)
         one.hold.clear()
         in_flight = one.scheduler.submit(judged, BLOCK)
         for state in (heard, waiting):

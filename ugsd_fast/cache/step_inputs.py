@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ugsd_fast.cache.attention import attention_of
+from ugsd_fast.cache.attention import additive, attention_of
 from ugsd_fast.cache.growing import GrowingCache, self_attention
 from ugsd_fast.device import on_device
 from ugsd_fast.errors import ModelError
@@ -102,8 +102,7 @@ def step_inputs(model: Any, cache: Cache, tokens: Tensor, mask: Tensor | None = 
             visible = visible[..., max(min(lengths) - window + 1, 0) :]
         masks[kind] = visible[:, None]
         if _MASKED[attention]:
-            numbers = torch.zeros(masks[kind].shape, dtype=model.dtype, device=device)
-            masks[kind] = numbers.masked_fill_(~masks[kind], torch.finfo(model.dtype).min)
+            masks[kind] = additive(masks[kind], model.dtype)
     return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": positions}
 
 

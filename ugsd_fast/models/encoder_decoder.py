@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from ugsd_fast.cache import new_cache
+from ugsd_fast.cache.attention import additive
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.sequence import CachedSequence, last_logits
 
@@ -141,9 +142,7 @@ def unmasked(heard: Any, mask_kind: str | None) -> Any:
     if len(valid) == 1 or bool((valid == valid[:1]).all()):
         return type(heard)(last_hidden_state=states[:, valid[0]])
     if mask_kind is not None:
-        mask = valid[:, None, None]
-        if mask_kind == "float":
-            mask = torch.zeros_like(mask, dtype=states.dtype).masked_fill_(~mask, torch.finfo(states.dtype).min)
+        mask = (additive(valid, states.dtype) if mask_kind == "float" else valid)[:, None, None]
     return type(heard)(last_hidden_state=states, attention_mask=mask)
 
 

@@ -22,7 +22,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ugsd_fast.cache.attention import PACKED_PREFIX, attention_of
+from ugsd_fast.cache.attention import PACKED_PREFIX, additive, attention_of
 from ugsd_fast.cache.growing import self_attention
 from ugsd_fast.device import on_device
 from ugsd_fast.models.sequence import PACKABLE_ATTENTION, CachedSequence, last_logits
@@ -254,8 +254,7 @@ class PackedCache(Cache):
                 key = torch.arange(slots, device=like.device)
                 mask = key <= query if window is None else (key <= query) & (key > query - window)
                 if self._mask == "float":
-                    numbers = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
-                    mask = numbers.masked_fill_(~mask, torch.finfo(like.dtype).min)
+                    mask = additive(mask, like.dtype)
                 mask = mask[None, None]
             self._masks[shape] = mask
         return self._masks[shape]

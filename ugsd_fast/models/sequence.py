@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ugsd_fast.cache import GrowingCache, enable_rollback, new_cache, rollback
-from ugsd_fast.cache.attention import attention_of
+from ugsd_fast.cache.attention import additive, attention_of
 from ugsd_fast.cache.growing import OpenEnd, self_attention
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.families import Family
@@ -193,11 +193,7 @@ class CachedSequence:
             return self._mask
         columns = torch.arange(self.length + positions.shape[1], device=positions.device)
         seen = columns <= positions[0, :, None]
-        if self._mask_kind == "float":
-            dtype = self.model.dtype
-            zero = torch.zeros((), dtype=dtype, device=positions.device)
-            return torch.where(seen, zero, torch.finfo(dtype).min)[None, None]
-        return seen[None, None]
+        return (additive(seen, self.model.dtype) if self._mask_kind == "float" else seen)[None, None]
 
     @property
     def _mask_kind(self) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from ugsd_fast.cache.attention import additive
 from ugsd_fast.errors import ModelError
 from ugsd_fast.models.families import Family
 from ugsd_fast.models.sequence import last_logits
@@ -106,9 +107,7 @@ class StaticSequence:
         # Left to itself, transformers reads the cache's length on the host to choose a mask for two tokens.
         columns = torch.arange(self.capacity, device=tokens.device)
         seen = columns <= (self._position + torch.arange(tokens.shape[1], device=tokens.device)).mT  # [q, capacity]
-        zero = torch.zeros((), dtype=self._model.dtype, device=tokens.device)
-        mask = torch.where(seen, zero, torch.finfo(self._model.dtype).min)[None, None]
-        logits = self._forward(tokens, attention_mask=mask)
+        logits = self._forward(tokens, attention_mask=additive(seen, self._model.dtype)[None, None])
         if new is None:
             return logits[:, -1:]
         self.rollback_unread(tokens.shape[1] - new)
